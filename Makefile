@@ -1,0 +1,48 @@
+# The same commands for a person and for CI. PYTHON chooses the interpreter that .venv is made of.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-torch test-interpreter test-codegen test-gpu bench lint types wheel clean
+.NOTPARALLEL:
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train the digits MLP four times: no penalty, L1, L2, elastic net
+	for penalty in none l1 l2 elastic; do $(RUN) examples/digits.py --penalty $$penalty || exit 1; done
+
+test: test-torch test-interpreter test-codegen
+
+test-torch: $(STAMP)  ## lane a: the PyTorch path against NumPy float64 (and lane d where there is a GPU)
+	$(RUN) -m pytest -m "not interpreter and not codegen"
+
+test-interpreter: $(STAMP)  ## lane b: the Triton kernels on the CPU
+	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter
+
+test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
+	$(RUN) -m pytest -m codegen
+
+test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
+	$(RUN) -m pytest -m gpu
+
+bench: $(STAMP)
+	$(RUN) -m pytest bench --benchmark-only
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+wheel: $(STAMP)  ## build the wheel and import it in a clean environment
+	rm -rf dist build
+	$(RUN) -m build --no-isolation --wheel
+	bash .ci/check_wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,225 @@
+"""How the penalty's gradient reaches .grad.
+
+Where autograd would do nothing with the gradient but add it to .grad, the backward pass returns none and queues one
+sweep that adds it in place: no model-sized buffer, no launch per tensor. Where autograd or anybody else has to see the
+gradient, value and gradient are formed in one pass and returned like any other. Both give the same bits.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg import reference
+from fastreg.plan import Mode
+from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths
+from fastreg.sweep import empty_gradients, sweep
+
+
+class Call(NamedTuple):
+    """What `ElasticPenaltyFunction` takes besides tensors."""
+
+    groups: Sequence[int]
+    impl: str | None
+
+
+class ElasticPenaltyFunction(torch.autograd.Function):
+    """(total, l1 term, l2 term), each 0-dim, of the weights; differentiable in them and in both strengths."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, l1: Strength, l2: Strength, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        # Kept outside save_for_backward, whose hooks would move a copy of the model to wherever activations go.
+        ctx.weights = weights
+        ctx.versions = versions(weights)
+        ctx.floats = [None if isinstance(s, Tensor) else s for s in (l1, l2)]
+        ctx.gradients = None
+        mode = Mode.VALUE
+        if any(ctx.needs_input_grad[3:]) and is_observed(weights):
+            mode = Mode.GRADIENT
+            ctx.gradients = empty_gradients(weights)
+        found = sweep(weights, call.groups, mode, Strengths(l1, l2), grads=ctx.gradients, impl=call.impl)
+        assert found is not None
+        # Saving something is what makes a second backward through a freed graph fail as it should.
+        ctx.save_for_backward(found.sums, *(s for s in (l1, l2) if isinstance(s, Tensor)))
+        return found.total, found.l1, found.l2
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        sums, *saved = ctx.saved_tensors
+        l1, l2 = (saved.pop(0) if value is None else value for value in ctx.floats)
+        strengths, scale = Strengths(l1, l2), _scale(*upstream)
+        check_versions(ctx.weights, ctx.versions)
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, strengths, scale)
+        strength_grads = [
+            (factor * column if s.ndim else factor * column.sum()).to(s) if isinstance(s, Tensor) else None
+            for s, factor, column in zip(strengths, scale, sums.unbind(1), strict=True)
+        ]
+        none = [None] * len(ctx.weights)
+        if not any(ctx.needs_input_grad[3:]):
+            return None, *strength_grads, *none
+        targets = _only_accumulated(ctx)
+        if targets is not None:
+            if targets:
+                _queue(ctx, targets, strengths, scale)
+            return None, *strength_grads, *none
+        return None, *strength_grads, *_gradients(ctx, strengths, scale)
+
+
+def add_gradients(
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    strengths: Strengths,
+    *,
+    scale: Scale = UNSCALED,
+    reduce: bool,
+    impl: str | None,
+) -> Measure | None:
+    """Adds the gradient of the penalty to .grad, which is created where it is None, in one sweep."""
+    grads = [_present_grad(w) for w in weights]
+    found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
+    for w, grad in zip(weights, grads, strict=True):
+        if w.grad is not grad:
+            w.grad = grad
+    torch.autograd.graph.increment_version(grads)
+    return found
+
+
+def versions(weights: Sequence[Tensor]) -> list[int]:
+    """How often each weight was changed in place, as far as that is counted."""
+    return [0 if w.is_inference() else w._version for w in weights]
+
+
+def check_versions(weights: Sequence[Tensor], expected: Sequence[int]) -> None:
+    """Raises as saved tensors do where a weight was changed in place since `expected` was taken."""
+    if versions(weights) != expected:
+        raise RuntimeError(
+            "one of the weights needed for the gradient of the elastic penalty was modified by an in-place operation "
+            "between forward and backward; call backward before optimizer.step(), or compute the penalty again"
+        )
+
+
+def is_observed(weights: Sequence[Tensor]) -> bool:
+    """Whether anybody but .grad would see these weights' gradients, as far as that is known before backward runs."""
+    # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
+    # differently, only what passes through those hooks is averaged.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return True
+    if torch.is_anomaly_enabled() or not _HAS_ENGINE_ENTRY_POINTS or _compiled_autograd():
+        return True
+    return any(
+        not w.is_leaf
+        or w._backward_hooks
+        or w._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+        or (_HAS_GRAD_DTYPE and w.grad_dtype != w.dtype)  # type: ignore[attr-defined]
+        for w in weights
+    )
+
+
+_HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
+_HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
+    torch.autograd.Variable._execution_engine, "queue_callback"
+)
+# What sys.getrefcount says of a node that nobody else holds, when asked as _only_accumulated asks.
+_UNSHARED = min([sys.getrefcount(node) for node, _ in ((object(), 0),)])
+
+
+def _compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "compiled_autograd_enabled", False))
+
+
+def _only_accumulated(ctx: Any) -> list[int] | None:
+    """The positions of the weights whose gradient this backward pass would add to .grad, seen by nobody.
+
+    None where that is not so, or not known: the gradients must then be returned.
+    """
+    if ctx.gradients is not None or is_observed(ctx.weights):
+        return None
+    nodes = ctx.next_functions[-len(ctx.weights) :]
+    # Whoever holds an AccumulateGrad node does so to hook it, and its hooks cannot be listed.
+    if any([sys.getrefcount(node) > _UNSHARED for node, _ in nodes]):
+        return None
+    try:
+        return [i for i, (node, _) in enumerate(nodes) if node and torch._C._will_engine_execute_node(node)]
+    except RuntimeError:  # torch.autograd.grad, which wants the gradients themselves
+        return None
+
+
+def _queue(ctx: Any, targets: list[int], strengths: Strengths, scale: Scale) -> None:
+    """Adds the gradients of the weights at `targets` to .grad once the running backward pass has finished."""
+    weights = [ctx.weights[i] for i in targets]
+    groups = [ctx.call.groups[i] for i in targets]
+    expected = versions(weights)
+    impl = ctx.call.impl
+    follow = _stream_follower(weights[0].device)
+
+    def accumulate() -> None:
+        follow(scale)
+        check_versions(weights, expected)
+        add_gradients(weights, groups, strengths, scale=scale, reduce=False, impl=impl)
+
+    torch.autograd.Variable._execution_engine.queue_callback(accumulate)
+
+
+def _stream_follower(device: torch.device) -> Callable[[Scale], None]:
+    """For the callback, which may run on another stream than this node: makes it wait for the upstream gradient."""
+    if device.type != "cuda":
+        return lambda scale: None
+    producer = torch.cuda.current_stream(device)
+
+    def follow(scale: Scale) -> None:
+        consumer = torch.cuda.current_stream(device)
+        if consumer != producer:
+            consumer.wait_stream(producer)
+            for factor in scale:
+                if factor is not None:
+                    factor.record_stream(consumer)
+
+    return follow
+
+
+def _gradients(ctx: Any, strengths: Strengths, scale: Scale) -> list[Tensor | None]:
+    """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
+    mode = Mode.GRADIENT if ctx.gradients is None else Mode.RESCALE
+    grads = empty_gradients(ctx.weights) if ctx.gradients is None else ctx.gradients
+    ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
+    sweep(ctx.weights, ctx.call.groups, mode, strengths, scale=scale, grads=grads, reduce=False, impl=ctx.call.impl)
+    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[3:], strict=True)]
+
+
+def _differentiable_backward(ctx: Any, strengths: Strengths, scale: Scale) -> tuple[Tensor | None, ...]:
+    """The backward pass as a graph of its own, for create_graph=True."""
+    terms = reference.penalty_terms(ctx.weights, ctx.call.groups, strengths)
+    inputs = [*strengths, *ctx.weights]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+    upstream = [factor.to(term) for factor, term in zip(scale, terms, strict=True) if factor is not None]
+    found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return None, *grads
+
+
+def _scale(total: Tensor | None, l1_term: Tensor | None, l2_term: Tensor | None) -> Scale:
+    """The upstream gradients of the two terms; that of the total counts for both."""
+    if l1_term is None and l2_term is None:
+        return Scale(total, total)
+    some = next(g for g in (total, l1_term, l2_term) if g is not None)
+    zero = torch.zeros_like(some)
+    total = zero if total is None else total
+    return Scale(total if l1_term is None else total + l1_term, total if l2_term is None else total + l2_term)
+
+
+def _present_grad(weight: Tensor) -> Tensor:
+    """`weight.grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
+    grad = weight.grad
+    if grad is None:
+        return torch.zeros_like(weight, requires_grad=False)
+    if grad.layout != torch.strided:
+        return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
+    return grad

@@ -1,0 +1,166 @@
+"""What a sweep will visit: weights grouped by device and dtype, cut into chunks, with their pointer tables.
+
+A plan holds addresses and sizes, never tensors, so that caching it keeps no model alive. It is looked up by everything
+it was built from: a weight that moved, grew or changed its dtype finds another plan.
+"""
+
+import enum
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements that one Triton program reads at a time: 16 per thread of four warps.
+BLOCK = 2048
+# Enough programs to fill the largest GPUs several times over; beyond that, chunks grow instead.
+MOST_CHUNKS = 8192
+MOST_BLOCKS_PER_CHUNK = 32
+# The PyTorch path works through scratch memory of this many elements: small enough for a core's cache, large enough
+# that the cost of an operator call disappears. Other devices pay for launches, not for cache misses.
+CPU_BLOCK = 1 << 17
+DEVICE_BLOCK = 1 << 26
+
+
+class Mode(enum.IntEnum):
+    """What a sweep does besides reading the weights; the numbers are those of the Triton kernel."""
+
+    VALUE = 0
+    GRADIENT = 1
+    RESCALE = 2
+    ACCUMULATE = 3
+    PROX = 4
+
+
+class Piece(NamedTuple):
+    """Elements `start:stop`, in storage order, of the weight at `position`."""
+
+    position: int
+    start: int
+    stop: int
+
+
+class Block(NamedTuple):
+    """Pieces of one strength group that the PyTorch path handles together."""
+
+    group: int
+    pieces: tuple[Piece, ...]
+
+
+class Tables(NamedTuple):
+    """Device memory that the Triton kernels read; see `_sweep_kernel` for the layout."""
+
+    tensors: Tensor  # int64 [n_tensors, 4]
+    chunk_tensor: Tensor  # int32 [n_chunks]
+    chunk_group: Tensor  # int32 [n_chunks]
+    blocks_per_chunk: int
+
+
+class Part:
+    """The weights of one dtype on one device; `positions` are their places in the caller's list."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.positions: list[int] = []
+        self.addresses: list[int] = []
+        self.numels: list[int] = []
+        self.groups: list[int] = []
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The walk of the PyTorch path: large weights cut up, small neighbours of one group packed together."""
+        size = CPU_BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
+        blocks: list[Block] = []
+        pieces: list[Piece] = []
+        room = size
+        group = 0
+        for position, numel, own_group in zip(self.positions, self.numels, self.groups, strict=True):
+            if pieces and (own_group != group or numel > room):
+                blocks.append(Block(group, tuple(pieces)))
+                pieces, room = [], size
+            group = own_group
+            for start in range(0, numel, size):
+                stop = min(start + size, numel)
+                pieces.append(Piece(position, start, stop))
+                room -= stop - start
+                if room == 0:
+                    blocks.append(Block(group, tuple(pieces)))
+                    pieces, room = [], size
+        if pieces:
+            blocks.append(Block(group, tuple(pieces)))
+        return tuple(blocks)
+
+    @functools.cached_property
+    def tables(self) -> Tables:
+        """The pointer tables of the Triton path, built with a fixed number of tensor operations."""
+        total = sum(self.numels)
+        blocks_per_chunk = min(max(-(-total // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
+        with torch.inference_mode(False):
+            numels = torch.tensor(self.numels, dtype=torch.int64)
+            groups = torch.tensor(self.groups, dtype=torch.int64)
+            n_chunks = -(-numels // (blocks_per_chunk * BLOCK))
+            first_chunk = n_chunks.cumsum(0) - n_chunks
+            tensors = torch.stack([torch.tensor(self.addresses, dtype=torch.int64), numels, first_chunk, groups], 1)
+            chunk_tensor = torch.repeat_interleave(n_chunks).int()
+            return Tables(
+                to_device(tensors, self.device),
+                to_device(chunk_tensor, self.device),
+                to_device(groups.int()[chunk_tensor], self.device),
+                blocks_per_chunk,
+            )
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 -- parts live as long as the plan cache, not longer
+    def grad_table(self, offsets: tuple[int, ...]) -> Tensor:
+        """int64 [n_tensors]: byte offsets of the gradients from a common base, on the device."""
+        with torch.inference_mode(False):
+            return to_device(torch.tensor(offsets, dtype=torch.int64), self.device)
+
+
+class Plan(NamedTuple):
+    """Parts by device, in the order of the devices' first weights."""
+
+    shards: dict[torch.device, list[Part]]
+    n_groups: int
+    value_dtype: torch.dtype
+
+
+def plan_for(weights: Sequence[Tensor], groups: Sequence[int]) -> Plan:
+    """The plan for dense `weights`, from the cache where nothing about them changed."""
+    return _build(
+        tuple([w.data_ptr() for w in weights]),
+        tuple([w.numel() for w in weights]),
+        tuple([w.dtype for w in weights]),
+        tuple([w.device for w in weights]),
+        tuple(groups),
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _build(
+    addresses: tuple[int, ...],
+    numels: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    devices: tuple[torch.device, ...],
+    groups: tuple[int, ...],
+) -> Plan:
+    shards: dict[torch.device, dict[torch.dtype, Part]] = {}
+    for position, (address, numel, dtype, device) in enumerate(zip(addresses, numels, dtypes, devices, strict=True)):
+        parts = shards.setdefault(device, {})
+        if dtype not in parts:
+            parts[dtype] = Part(dtype, device)
+        part = parts[dtype]
+        part.positions.append(position)
+        part.addresses.append(address)
+        part.numels.append(numel)
+        part.groups.append(groups[position])
+    value_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return Plan({device: list(parts.values()) for device, parts in shards.items()}, max(groups) + 1, value_dtype)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` without waiting for it: from pinned memory, which PyTorch keeps until the copy is done."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,134 @@
+"""The sweep in pure PyTorch: for CPUs, for devices without Triton, and as a second opinion on the kernels.
+
+`sweep` works in blocks through scratch memory that stays in cache. `penalty_terms` states the same mathematics as an
+expression, for the places where autograd itself has to see it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastreg.plan import Block, Mode, Part
+from fastreg.strengths import Measure, Scale, Strengths, accumulate_dtype, measure
+
+
+def penalty_terms(weights: Sequence[Tensor], groups: Sequence[int], strengths: Strengths) -> tuple[Tensor, Tensor]:
+    """The two weighted terms in float64, as a graph that autograd, vmap and compilers see through."""
+    device = weights[0].device
+    l1_term = l2_term = torch.zeros((), dtype=accumulate_dtype(device), device=device)
+    for w, group in zip(weights, groups, strict=True):
+        l1, l2 = strengths.of_group(group)
+        wide = w.to(_compute_dtype(w.dtype))
+        l1_term = l1_term + l1 * wide.abs().sum(dtype=accumulate_dtype(w.device)).to(device)
+        l2_term = l2_term + l2 * wide.square().sum(dtype=accumulate_dtype(w.device)).to(device)
+    return l1_term, l2_term
+
+
+def sweep(
+    parts: Sequence[Part],
+    mode: Mode,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    strengths: Strengths,
+    scale: Scale,
+    n_groups: int,
+    value_dtype: torch.dtype | None,
+) -> Measure | None:
+    """One sweep over the parts of one device.
+
+    Args:
+        weights, grads: dense tensors in the caller's order, gradients with the strides of their weights.
+        scale: factors on the strengths: the upstream gradients, or the learning rate.
+        value_dtype: of the value, or None where none is wanted.
+    """
+    # Only host memory may be looked at: elsewhere the comparison would wait for the device.
+    if mode == Mode.RESCALE and all(s is not None and s.device.type == "cpu" and bool(s == 1) for s in scale):
+        return None
+    sums: list[Tensor] = []
+    sum_groups: list[int] = []
+    for part in parts:
+        flat = {i: _flat(weights[i]) for i in part.positions}
+        flat_grads = {i: _flat(grads[i]) for i in part.positions} if grads is not None else flat
+        scratch = _Scratch(part)
+        for block in part.blocks:
+            pieces = _pieces(flat, block)
+            w = scratch.read(pieces)
+            if value_dtype is not None:
+                sums += scratch.sums(w)
+                sum_groups.append(block.group)
+            if mode == Mode.VALUE:
+                continue
+            l1, l2 = strengths.of_group(block.group, scale)
+            if mode == Mode.PROX:
+                scratch.write(scratch.prox(w, l1, l2), pieces)
+            else:
+                result = scratch.gradient(w, l1, l2)
+                scratch.write(result, _pieces(flat_grads, block), add=mode == Mode.ACCUMULATE)
+    if value_dtype is None:
+        return None
+    device = parts[0].device
+    totals = torch.zeros((n_groups, 2), dtype=accumulate_dtype(device), device=device)
+    if sums:
+        index = torch.tensor(sum_groups, device=device)
+        totals.index_add_(0, index, torch.stack(sums).view(-1, 2))
+    return measure(totals, strengths, value_dtype)
+
+
+class _Scratch:
+    """Block-sized buffers, and the operations that fill them without touching other memory."""
+
+    def __init__(self, part: Part) -> None:
+        size = max((sum(p.stop - p.start for p in block.pieces) for block in part.blocks), default=0)
+        self.compute = _compute_dtype(part.dtype)
+        self.storage = part.dtype
+        self._input = torch.empty(size, dtype=self.compute, device=part.device)
+        self._result = torch.empty_like(self._input)
+        self._second = torch.empty_like(self._input)
+        self._wide = torch.empty(size, dtype=accumulate_dtype(part.device), device=part.device)
+
+    def read(self, pieces: list[Tensor]) -> Tensor:
+        """The pieces as one vector in the dtype of the arithmetic; no copy where they are that already."""
+        if len(pieces) == 1 and self.storage == self.compute:
+            return pieces[0]
+        vector = self._input[: sum(p.numel() for p in pieces)]
+        torch._foreach_copy_(vector.split([p.numel() for p in pieces]), pieces)
+        return vector
+
+    def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
+        wide = self._wide[: w.numel()].copy_(w)
+        square_sum = torch.dot(wide, wide)
+        return wide.abs_().sum(), square_sum
+
+    def gradient(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
+        result = torch.sign(w, out=self._result[: w.numel()]).mul_(l1)
+        return result.add_(torch.mul(w, 2 * l2, out=self._second[: w.numel()]))
+
+    def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
+        magnitude = torch.abs(w, out=self._result[: w.numel()])
+        # As a product with 1 or 0 a weight below the threshold would be 0 * NaN where the threshold is infinite.
+        kept = torch.gt(magnitude, l1).logical_or_(magnitude.isnan())
+        magnitude.sub_(l1).div_(1 + 2 * l2).mul_(torch.sign(w, out=self._second[: w.numel()]))
+        return magnitude.masked_fill_(kept.logical_not_(), 0.0)
+
+    def write(self, result: Tensor, pieces: list[Tensor], add: bool = False) -> None:
+        """Rounds to the storage dtype, then stores or adds: autograd's order, so that its bits are ours."""
+        sizes = [p.numel() for p in pieces]
+        if add:
+            torch._foreach_add_(pieces, result.to(self.storage).split(sizes))
+        else:
+            torch._foreach_copy_(pieces, result.split(sizes))
+
+
+def _pieces(flat: dict[int, Tensor], block: Block) -> list[Tensor]:
+    return [flat[p.position][p.start : p.stop] for p in block.pieces]
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """A vector over the storage of a dense tensor, whatever the order of its strides."""
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

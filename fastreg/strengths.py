@@ -1,0 +1,119 @@
+"""l1 and l2 on their way to a sweep: checked, grouped, and scaled."""
+
+import functools
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastreg.plan import to_device
+
+Strength: TypeAlias = float | Tensor
+
+
+class Scale(NamedTuple):
+    """0-dim device tensors that multiply the strengths: upstream gradients, a loss scale, a learning rate."""
+
+    l1: Tensor | None = None
+    l2: Tensor | None = None
+
+    def on(self, device: torch.device) -> "Scale":
+        """The same scale, readable from `device`."""
+        return Scale(*(s if s is None else s.to(device) for s in self))
+
+
+UNSCALED = Scale()
+
+
+class Strengths(NamedTuple):
+    """Each a float or a 0-dim tensor that holds for every weight, or a tensor [n_groups]."""
+
+    l1: Strength
+    l2: Strength
+
+    def of_group(self, group: int, scale: Scale = UNSCALED) -> tuple[Strength, Strength]:
+        """The pair for one group, scaled in the precision of the accumulator."""
+        return _pick(self.l1, group, scale.l1), _pick(self.l2, group, scale.l2)
+
+    def on(self, device: torch.device) -> "Strengths":
+        """The same strengths, readable from `device`."""
+        return Strengths(*(s.to(device, non_blocking=True) if isinstance(s, Tensor) else s for s in self))
+
+
+class Measure(NamedTuple):
+    """What a sweep that was asked for the value returns."""
+
+    total: Tensor  # 0-dim, of the value's dtype
+    l1: Tensor  # 0-dim
+    l2: Tensor  # 0-dim
+    sums: Tensor  # float64 [n_groups, 2]: sums of |w| and w² of each strength group
+
+
+def measure(sums: Tensor, strengths: Strengths, value_dtype: torch.dtype) -> Measure:
+    """The weighted terms of `sums`, each rounded once."""
+    l1_term, l2_term = (strengths.l1 * sums[:, 0]).sum(), (strengths.l2 * sums[:, 1]).sum()
+    return Measure((l1_term + l2_term).to(value_dtype), l1_term.to(value_dtype), l2_term.to(value_dtype), sums)
+
+
+def _pick(strength: Strength, group: int, factor: Tensor | None) -> Strength:
+    if isinstance(strength, Tensor):
+        strength = strength.to(accumulate_dtype(strength.device))
+        strength = strength[group] if strength.ndim else strength
+    if factor is None:
+        return strength
+    return strength * factor.to(accumulate_dtype(factor.device))
+
+
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """float64, but on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_strength(value: object, name: str) -> Strength:
+    """`value` as a float or 0-dim tensor.
+
+    Raises:
+        ValueError: negative, NaN or infinite, or a tensor that is not 0-dim.
+        TypeError: not a real number, or not a floating-point tensor.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with .float()")
+        if value.ndim != 0:
+            raise ValueError(
+                f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}; "
+                "for strengths per layer pass a list of group dicts"
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} must be finite and at least 0, got {number}")
+    return number
+
+
+def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> Strength:
+    """One strength per group as what a sweep takes: a float where all agree, else a 0-dim or [n_groups] tensor."""
+    for strength in per_group:
+        if isinstance(strength, Tensor) and strength.device != device:
+            raise ValueError(
+                f"{name} is on {strength.device} but the weights are on {device}; move it with .to({str(device)!r})"
+            )
+    if all(strength is per_group[0] for strength in per_group):
+        return per_group[0]
+    floats = [s for s in per_group if not isinstance(s, Tensor)]
+    if len(floats) == len(per_group):
+        return floats[0] if len(set(floats)) == 1 else _constant(tuple(floats), device)
+    dtype = accumulate_dtype(device)
+    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else _constant((s,), device)[0] for s in per_group])
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to the device once for each set of values, not at every call."""
+    with torch.inference_mode(False):
+        return to_device(torch.tensor(values, dtype=accumulate_dtype(device)), device)

@@ -1,0 +1,112 @@
+"""From a plan's parts to kernel launches: one sweep per dtype, and one kernel that finishes the value."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
+from fastreg.plan import BLOCK, Mode, Part
+from fastreg.strengths import Measure, Scale, Strengths
+
+# Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
+INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
+NUM_WARPS = 4
+FINISH_BLOCK = 1024
+
+_TRITON_DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def sweep(
+    parts: Sequence[Part],
+    mode: Mode,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    strengths: Strengths,
+    scale: Scale,
+    n_groups: int,
+    value_dtype: torch.dtype | None,
+) -> Measure | None:
+    """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
+
+    The arguments are those of `fastreg.reference.sweep`, which does the same without Triton; the weights' addresses
+    are in the parts' tables already.
+    """
+    device = parts[0].device
+    reduce = value_dtype is not None
+    chunks = [part.tables.chunk_tensor.numel() for part in parts]
+    l1, l1_ptr = _scalar_and_pointer(strengths.l1)
+    l2, l2_ptr = _scalar_and_pointer(strengths.l2)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        partials = torch.empty((sum(chunks), 2), dtype=torch.float64, device=device) if reduce else None
+        first_partial = 0
+        for part, n_chunks in zip(parts, chunks, strict=True):
+            if n_chunks == 0:
+                continue
+            grad_base, grad_table = _grad_addresses(part, grads)
+            _sweep_kernel[(n_chunks,)](
+                table_ptr=part.tables.tensors,
+                chunk_tensor_ptr=part.tables.chunk_tensor,
+                grad_table_ptr=grad_table,
+                partials_ptr=partials[first_partial:] if partials is not None else None,
+                l1_ptr=l1_ptr,
+                l2_ptr=l2_ptr,
+                scale_l1_ptr=scale.l1,
+                scale_l2_ptr=scale.l2,
+                l1=l1,
+                l2=l2,
+                grad_base=grad_base,
+                blocks_per_chunk=part.tables.blocks_per_chunk,
+                DTYPE=_TRITON_DTYPES[part.dtype],
+                MODE=int(mode),
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
+            first_partial += n_chunks
+        if value_dtype is None:
+            return None
+        total, l1_term, l2_term = (torch.empty((), dtype=value_dtype, device=device) for _ in range(3))
+        sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
+        _finish_kernel[(1 + n_groups,)](
+            partials_ptr=partials,
+            chunk_group_ptr=_chunk_groups(parts) if n_groups > 1 else None,
+            total_ptr=total,
+            l1_term_ptr=l1_term,
+            l2_term_ptr=l2_term,
+            sums_ptr=sums,
+            l1_ptr=l1_ptr,
+            l2_ptr=l2_ptr,
+            l1=l1,
+            l2=l2,
+            n_chunks=first_partial,
+            BLOCK=FINISH_BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return Measure(total, l1_term, l2_term, sums)
+
+
+def _scalar_and_pointer(strength: float | Tensor) -> tuple[float, Tensor | None]:
+    return (1.0, strength) if isinstance(strength, Tensor) else (strength, None)
+
+
+def _grad_addresses(part: Part, grads: Sequence[Tensor] | None) -> tuple[int, Tensor | None]:
+    """A base address and the table of offsets from it: the same table serves a buffer that moved as a whole."""
+    if grads is None:
+        return 0, None
+    addresses = [grads[i].data_ptr() for i in part.positions]
+    base = addresses[0]
+    return base, part.grad_table(tuple([address - base for address in addresses]))
+
+
+def _chunk_groups(parts: Sequence[Part]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].tables.chunk_group
+    return torch.cat([part.tables.chunk_group for part in parts])

@@ -1,0 +1,36 @@
+"""Which lane a process runs, and what every test starts from."""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+        if item.get_closest_marker("interpreter") and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (make test-interpreter)"))
+        if item.get_closest_marker("codegen") and INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="the compiler cannot run in an interpreter process"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("torch", "cpu"), id="torch"),
+        pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+        pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
+    ]
+)
+def path(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(impl, device): every test that takes it runs once in each lane."""
+    return request.param  # type: ignore[no-any-return]
