@@ -2,10 +2,16 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+if INTERPRETED:
+    # The interpreter computes with NumPy, which warns of overflows and NaNs that a GPU goes through silently.
+    np.seterr(all="ignore")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
