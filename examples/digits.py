@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -164,21 +165,28 @@ def plot(history: list[Terms], epochs: int, initial: np.ndarray, trained: np.nda
     left, right = figure.subplots(1, 2)
 
     means = Terms(*np.reshape(history, (epochs, -1, len(Terms._fields))).mean(axis=1).T)
-    labels = Terms("loss, the sum of", "cross-entropy", "l1 part", "l2 part")
+    labels = Terms("loss", "cross-entropy", "l1 part", "l2 part")
     looks = Terms("k-", "C0--", "C1-", "C2-")
     for values, label, look in zip(means, labels, looks, strict=True):
         if np.any(values):  # a part without strength has no place on a log axis
             left.plot(np.arange(1, epochs + 1), values, look, label=label, marker=".")
-    left.set(xlabel="epoch", ylabel="mean over the epoch's steps", yscale="log", title="Loss on the training set")
+    left.set(xlabel="epoch", ylabel="mean over the epoch's steps", yscale="log", title="Training loss and its parts")
     left.xaxis.get_major_locator().set_params(integer=True)
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
     left.legend()
 
     reach = max(np.abs(initial).max(), np.abs(trained).max())
     bins = np.linspace(-reach, reach, 82)  # an odd number of bins: one is centred on zero
-    right.hist(initial, bins, color="0.75", label=f"initial: {near_zero_share(initial):.1%} near zero")
-    right.hist(trained, bins, histtype="step", color="C3", label=f"trained: {near_zero_share(trained):.1%} near zero")
-    right.set(xlabel="weight", ylabel="weights per bin", yscale="log", title=f"Weights (near zero: |w| < {NEAR_ZERO})")
-    right.legend()
+    for weights, when, look in (
+        (initial, "initial", {"color": "0.75"}),
+        (trained, "trained", {"color": "C3", "histtype": "step"}),
+    ):
+        right.hist(weights, bins, label=f"{when}: {near_zero_share(weights):.1%} with |w| < {NEAR_ZERO}", **look)
+    right.set(xlabel="weight", ylabel="weights per bin", yscale="log", title="Weights before and after training")
+    right.set_ylim(0.7, 20 * initial.size)  # room for the legend above the highest possible bin
+    right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 
@@ -231,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> MLP:
     print(f"final  {terms}")
     print(f"accuracy  train {accuracy(model, data.x_train, data.y_train):.4f}  test {test_accuracy:.4f}")
     print(
-        f"near-zero share (|w| < {NEAR_ZERO})  {near_zero_share(trained):.4f}, before training {near_zero_share(initial):.4f}"
+        f"near-zero share (|w| < {NEAR_ZERO})  before {near_zero_share(initial):.4f}  after {near_zero_share(trained):.4f}"
     )
     print(f"plot  {path}")
     return model
@@ -280,4 +288,5 @@ def _whole(low: int) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # layers this small only lose time to threads
     main()

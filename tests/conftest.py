@@ -30,6 +30,7 @@ def _seed() -> None:
 
 
 @pytest.fixture(
+    scope="session",
     params=[
         pytest.param(("torch", "cpu"), id="torch"),
         pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),

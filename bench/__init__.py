@@ -1,0 +1,1 @@
+"""Measurements, one file per question, and what the compiler makes of the kernels."""
