@@ -19,12 +19,12 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 from fastreg.kernels import launch
 from fastreg.plan import BLOCK, Mode, plan_for
-from fastreg.strengths import Scale, Strengths
+from fastreg.strengths import UNSCALED, Scale, Strengths
 
 TABLE = Path(__file__).parents[1] / "docs" / "codegen.md"
 
@@ -54,10 +54,13 @@ VARIANTS = {
     "accumulate": Variant(Mode.ACCUMULATE, reduce=True),
     "accumulate-scaled": Variant(Mode.ACCUMULATE, reduce=False, scaled=True),
     "prox": Variant(Mode.PROX, reduce=False),
+    "prox-value": Variant(Mode.PROX, reduce=True),
     "value-grouped": Variant(Mode.VALUE, reduce=True, grouped=True),
     "accumulate-grouped": Variant(Mode.ACCUMULATE, reduce=True, grouped=True),
     "prox-grouped": Variant(Mode.PROX, reduce=False, grouped=True),
 }
+# Strengths on the device change nothing in the loop: two dtypes are enough.
+CASES = [(v, d) for v in VARIANTS for d in DTYPES if d in ("fp32", "bf16") or not VARIANTS[v].grouped]
 
 
 class Launch(NamedTuple):
@@ -71,21 +74,20 @@ class Launch(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A line of SASS or of AMD assembly."""
+    """A line of PTX, SASS or AMD assembly."""
 
-    guard: str  # SASS only: the predicate without which it does nothing
+    guard: str  # the predicate without which it does nothing; AMD has none
     opcode: str
     operands: str
 
 
 class Report(NamedTuple):
-    """What was found in one compiled kernel; `loop`, `loads` and `stores` are of the loop over full blocks."""
+    """What was found in a compiled kernel; `loads` and `stores` are those of the loop over full blocks."""
 
     registers: int  # per thread
     scratch: int  # bytes of stack and local memory per thread, and registers spilled
     shared: int  # bytes per program
-    atomics: int  # instructions, of any type
-    loop: Counter[str]  # how often each opcode occurs
+    atomics: int  # instructions, on any type
     loads: Counter[int]  # how often each width in bytes occurs
     stores: Counter[int]
 
@@ -132,7 +134,7 @@ def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[st
     plan = plan_for(weights, range(len(weights)))
     (parts,) = plan.shards.values()
     strength = torch.ones(len(weights), dtype=torch.float64) if variant.grouped else 1.0
-    factor = torch.ones(()) if variant.scaled else None
+    scale = Scale(torch.ones(()), torch.ones(())) if variant.scaled else UNSCALED
     call = functools.partial(
         launch.sweep,
         parts,
@@ -140,41 +142,47 @@ def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[st
         weights,
         weights if variant.mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None,
         Strengths(strength, strength),
-        Scale(factor, factor),
+        scale,
         plan.n_groups,
         plan.value_dtype if variant.reduce else None,
     )
     return {found.function.__name__: found for found in record(target, call)}
 
 
-def inspect(found: Launch, target: GPUTarget) -> Report:
-    """Compiles a recorded launch and reads the result."""
+def compile_for(target: GPUTarget, found: Launch) -> CompiledKernel:
+    """The compiler's output for a recorded launch."""
     source = ASTSource(found.function, found.signature, found.constants, found.attributes)
-    compiled = triton.compile(source, target=target, options=found.options)
-    read = _read_hip if target.backend == "hip" else _read_cuda
-    code, registers, scratch = read(compiled.asm)
-    loop = full_block_loop(code)
-    opcodes = [i.opcode for i in itertools.chain(*code.values())]
-    return Report(
-        registers,
-        scratch,
-        compiled.metadata.shared,
-        sum(bool(_ATOMIC.match(opcode)) for opcode in opcodes),
-        Counter(i.opcode for i in loop),
-        Counter(w for i in loop if (w := _width(i.opcode, "load"))),
-        Counter(w for i in loop if (w := _width(i.opcode, "store"))),
-    )
+    return triton.compile(source, target=target, options=found.options)
 
 
 @functools.cache
-def reports(variant: str, dtype: str, target: str) -> dict[str, Report]:
-    """What `inspect` says of each kernel of a variant, by the kernel's name."""
+def compiled(variant: str, dtype: str, target: str) -> dict[str, CompiledKernel]:
+    """The kernels of a variant, by name."""
     found = launches(VARIANTS[variant], DTYPES[dtype], TARGETS[target])
-    return {name: inspect(each, TARGETS[target]) for name, each in found.items()}
+    return {name: compile_for(TARGETS[target], each) for name, each in found.items()}
+
+
+def inspect(kernel: CompiledKernel) -> Report:
+    """Reads what the compiler says of a kernel, and its text: PTX or AMD assembly."""
+    code = parse(kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"])
+    accesses = [found for i in full_block_loop(code) if (found := access(i.opcode))]
+    return Report(
+        *_resources(kernel.asm),
+        kernel.metadata.shared,
+        sum(bool(_ATOMIC.match(i.opcode)) for i in itertools.chain(*code.values())),
+        Counter(width for kind, width in accesses if kind == "load"),
+        Counter(width for kind, width in accesses if kind == "store"),
+    )
+
+
+def machine_loop(kernel: CompiledKernel) -> Counter[str]:
+    """The machine instructions of the loop over full blocks: how often each opcode occurs."""
+    text = kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else _tool("nvdisasm", "--print-code", kernel.asm["cubin"])
+    return Counter(i.opcode for i in full_block_loop(parse(text)))
 
 
 def missing_tool() -> str | None:
-    """Why CUDA binaries cannot be read here, or None: the disassemblers come with Triton's wheels."""
+    """Why CUDA binaries cannot be read here, or None: the tools for it come with Triton's wheels."""
     try:
         _ = knobs.nvidia.cuobjdump.path, knobs.nvidia.nvdisasm.path
     except RuntimeError as error:
@@ -182,42 +190,43 @@ def missing_tool() -> str | None:
     return None
 
 
-Code = dict[str, list[Instruction]]  # instructions after each label, in the order of the text
-
-
-def _read_cuda(asm: Any) -> tuple[Code, int, int]:
+def _tool(name: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        code = parse(_run(knobs.nvidia.nvdisasm.path, "--print-code", file.name))
-    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return code, numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+        command = [getattr(knobs.nvidia, name).path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read_hip(asm: Any) -> tuple[Code, int, int]:
-    text = asm["amdgcn"]
-    names = "vgpr_count|private_segment_fixed_size|vgpr_spill_count|sgpr_spill_count"
-    numbers = {name: int(value) for name, value in re.findall(rf"^\s+\.({names}): +(\d+)", text, re.MULTILINE)}
-    registers = numbers.pop("vgpr_count")
-    if len(numbers) != 3:
-        raise ValueError(f"the metadata of the AMD kernel lacks some of {names}")
-    return parse(text), registers, sum(numbers.values())
+def _resources(asm: Any) -> tuple[int, int]:
+    """Registers, and scratch memory with spills, as `Report` has them."""
+    if "cubin" in asm:
+        text = _tool("cuobjdump", "--dump-resource-usage", asm["cubin"])
+        registers, *scratch = (int(_only(rf"\b{name}:(\d+)", text)) for name in ("REG", "STACK", "LOCAL"))
+    else:
+        names = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
+        registers, *scratch = (int(_only(rf"\s\.{name}: +(\d+)", asm["amdgcn"])) for name in names)
+    return registers, sum(scratch)
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _only(pattern: str, text: str) -> str:
+    (found,) = re.findall(pattern, text)
+    return found
 
 
-_LABEL = re.compile(r"(\.L\w+):")
-_INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/\s+)?(?:@(!?U?P\w+)\s+)?([A-Za-z][\w.]*)([^;\n]*)")
-_ATOMIC = re.compile(r"(ATOM|RED\b|global_atomic|flat_atomic|buffer_atomic)")
-_SASS_ACCESS = re.compile(r"(?P<kind>LDG?|STG?)\.E(?:\.\w+)*?(?:\.(?P<size>[US]?(?:8|16|64|128|256)))?$")
-_HIP_ACCESS = re.compile(r"(?:global|flat|buffer)_(?P<kind>load|store)_(?P<size>dword|[us]?byte|[us]?short)(?:x(?P<n>\d))?")
+Code = dict[str, list[Instruction]]  # what follows each label, in the order of the text
+
+_LABEL = re.compile(r"([.$]L\w+):")
+_INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/\s+)?(?:@(!?%?\w+)\s+)?([A-Za-z][\w.:]*)([^;\n]*)")
+_BRANCH = re.compile(r"bra\b|BRA\b|s_c?branch")
+_ATOMIC = re.compile(r"atom\b|red\b|(global|flat|buffer)_atomic")
+_PTX_ACCESS = re.compile(r"(ld|st)\.global\b.*?(?:\.v(\d))?\.[bfsu](\d+)$")
+_SASS_ACCESS = re.compile(r"(LD|ST)G?\.E\b(?:.*\.[US]?(8|16|64|128|256)\b)?")
+_AMD_ACCESS = re.compile(r"(?:global|flat|buffer)_(load|store)_[us]?(dword|short|byte)(?:x(\d))?")
 
 
 def parse(text: str) -> Code:
-    """The instructions of SASS or AMD assembly."""
+    """The instructions of PTX, SASS or AMD assembly."""
     code: Code = {"": []}
     block = code[""]
     for line in text.splitlines():
@@ -231,34 +240,82 @@ def parse(text: str) -> Code:
 def full_block_loop(code: Code) -> list[Instruction]:
     """The first loop that reads or writes global memory without a mask; empty if there is none.
 
-    A mask is a predicate on the access in SASS, and a change of the execution mask around it in AMD's assembly.
+    A mask is a predicate on the access, or in AMD's assembly a change of the execution mask around it.
     """
     for body in _loops(code):
-        accesses = [i for i in body if _width(i.opcode, "load") or _width(i.opcode, "store")]
-        masked = any(i.guard for i in accesses) or any("saveexec" in i.opcode for i in body)
-        if accesses and not masked:
+        guards = [i.guard for i in body if access(i.opcode)]
+        if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
             return body
     return []
 
 
 def _loops(code: Code) -> Iterator[list[Instruction]]:
-    """From each label to each branch back to it."""
+    """The instructions from a label to a branch back to it, for every such branch."""
     labels = list(code)
     for last, label in enumerate(labels):
         for end, instruction in enumerate(code[label], 1):
-            target = re.search(r"\.L\w+", instruction.operands)
-            if instruction.opcode.startswith(("BRA", "s_cbranch", "s_branch")) and target:
+            target = re.search(r"[.$]L\w+", instruction.operands)
+            if target and _BRANCH.match(instruction.opcode):
                 first = labels.index(target[0])
                 if first <= last:
                     yield [*itertools.chain(*(code[name] for name in labels[first:last])), *code[label][:end]]
 
 
-def _width(opcode: str, kind: str) -> int:
-    """Bytes per thread that an instruction loads from or stores to global memory: 0 if it does not."""
+def access(opcode: str) -> tuple[str, int] | None:
+    """("load" or "store", bytes per thread) of an instruction on global memory, None of any other."""
+    if found := _PTX_ACCESS.match(opcode):
+        return "load" if found[1] == "ld" else "store", int(found[2] or 1) * int(found[3]) // 8
     if found := _SASS_ACCESS.match(opcode):
-        matches = found["kind"].startswith("LD" if kind == "load" else "ST")
-        return matches * int((found["size"] or "32").lstrip("US")) // 8
-    if found := _HIP_ACCESS.match(opcode):
-        size = {"dword": 4, "short": 2, "byte": 1}[found["size"].lstrip("us") if found["size"] != "short" else "short"]
-        return (found["kind"] == kind) * size * int(found["n"] or 1)
-    return 0
+        return "load" if found[1] == "LD" else "store", int(found[2] or 32) // 8
+    if found := _AMD_ACCESS.match(opcode):
+        return found[1], {"dword": 4, "short": 2, "byte": 1}[found[2]] * int(found[3] or 1)
+    return None
+
+
+def _table(target: str) -> Iterator[str]:
+    """The lines of one target's table: a row per variant and dtype, and one for each different `_finish_kernel`."""
+    yield "| kernel | variant | dtype | registers | scratch | shared | atomics | loads | stores | loop | per element |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |"
+    elements = BLOCK // (TARGETS[target].warp_size * launch.NUM_WARPS)
+    finished = set()
+    for variant, dtype in CASES:
+        kernels = compiled(variant, dtype, target)
+        report, length = inspect(kernels["_sweep_kernel"]), machine_loop(kernels["_sweep_kernel"]).total()
+        widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
+        yield _row("_sweep_kernel", variant, dtype, *report[:4], *widths, length, f"{length / elements:.1f}")
+        if "_finish_kernel" in kernels and kernels["_finish_kernel"].hash not in finished:
+            finished.add(kernels["_finish_kernel"].hash)
+            yield _row("_finish_kernel", variant, dtype, *inspect(kernels["_finish_kernel"])[:4], "", "", "", "")
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def document() -> str:
+    """The contents of docs/codegen.md."""
+    lines = [
+        "# What the compiler makes of the kernels",
+        "",
+        "Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.codegen` with",
+        f"Triton {triton.__version__}, for the launches that fastreg makes: blocks of {BLOCK} elements, "
+        f"{launch.NUM_WARPS} warps.",
+        "",
+        "- registers: per thread (AMD: vector registers); scratch: bytes of stack and local memory, and spills",
+        "- loads, stores: accesses to global memory per thread in the loop over full blocks, and the width of each",
+        "- shared: bytes of shared memory per program; atomics: atomic instructions of any kind",
+        "- loop: instructions in that loop, which handles one block, and the same per element",
+        "- variants: scaled, by an upstream gradient on the device; grouped, strengths of two groups on the device",
+    ]
+    for name, target in TARGETS.items():
+        lines += ["", f"## {name} ({target.backend}, {target.warp_size} threads per warp)", "", *_table(name)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if problem := missing_tool():
+        raise SystemExit(problem)
+    text = document()
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(text)
+    print(text, end="")

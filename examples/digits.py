@@ -115,7 +115,8 @@ def train(
         log: takes one line per epoch, with the means over its steps.
     """
     criterion = nn.CrossEntropyLoss()
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    if optimizer is None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     reg = fastreg.ElasticNet(model, l1=l1, l2=l2)
     generator = torch.Generator().manual_seed(seed)
     history: list[Terms] = []
@@ -185,7 +186,7 @@ def plot(history: list[Terms], epochs: int, initial: np.ndarray, trained: np.nda
     ):
         right.hist(weights, bins, label=f"{when}: {near_zero_share(weights):.1%} with |w| < {NEAR_ZERO}", **look)
     right.set(xlabel="weight", ylabel="weights per bin", yscale="log", title="Weights before and after training")
-    right.set_ylim(0.7, 20 * initial.size)  # room for the legend above the highest possible bin
+    right.set_ylim(0.7, 10 * initial.size)  # room for the legend above the highest possible bin
     right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
@@ -238,9 +239,12 @@ def main(argv: Sequence[str] | None = None) -> MLP:
     plot(history, args.epochs, initial, trained, title, path)
     print(f"final  {terms}")
     print(f"accuracy  train {accuracy(model, data.x_train, data.y_train):.4f}  test {test_accuracy:.4f}")
-    print(
-        f"near-zero share (|w| < {NEAR_ZERO})  before {near_zero_share(initial):.4f}  after {near_zero_share(trained):.4f}"
-    )
+    for name, measure in (
+        ("sum|w|", lambda w: np.abs(w).sum()),
+        ("sum w^2", lambda w: np.square(w).sum()),
+        (f"near-zero share (|w| < {NEAR_ZERO})", near_zero_share),
+    ):
+        print(f"{name}  before {measure(initial):.4f}  after {measure(trained):.4f}")
     print(f"plot  {path}")
     return model
 
@@ -258,8 +262,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--l2", type=_strength, help="strength of sum w^2, instead of the one that --penalty stands for"
     )
-    parser.add_argument("--epochs", type=_whole(1), default=20, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="of weights and data order (default: %(default)s)")
+    parser.add_argument("--epochs", type=_whole(range(1, 10**6 + 1)), default=20, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_whole(range(2**32)), default=0, help="of weights and data order (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="where the plot goes (default: %(default)s)")
     return parser
 
@@ -274,15 +280,11 @@ def _strength(text: str) -> float:
     return value
 
 
-def _whole(low: int) -> Callable[[str], int]:
+def _whole(allowed: range) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value < 2**63:  # what torch takes as a seed
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} on, got {text!r}")
-        return value
+        if not text.isdecimal() or int(text) not in allowed:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {allowed[0]} to {allowed[-1]}, got {text!r}")
+        return int(text)
 
     return parse
 

@@ -1,7 +1,17 @@
 """The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, in one pass over the weights."""
 
 from fastreg._version import __version__
-from fastreg.penalty import ElasticNet, Penalty, elastic_penalty
+from fastreg.elastic_net import ElasticNet, Penalty
+from fastreg.penalty import add_elastic_grad_, elastic_penalty, elastic_prox_, sparsity
 from fastreg.selection import bias_and_norm
 
-__all__ = ["ElasticNet", "Penalty", "__version__", "bias_and_norm", "elastic_penalty"]
+__all__ = [
+    "ElasticNet",
+    "Penalty",
+    "__version__",
+    "add_elastic_grad_",
+    "bias_and_norm",
+    "elastic_penalty",
+    "elastic_prox_",
+    "sparsity",
+]

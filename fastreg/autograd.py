@@ -79,7 +79,11 @@ def add_gradients(
     reduce: bool,
     impl: str | None,
 ) -> Measure | None:
-    """Adds the gradient of the penalty to .grad, which is created where it is None, in one sweep."""
+    """Adds the gradient of the penalty to .grad, which is created where it is None, in one sweep.
+
+    Raises:
+        TypeError: a .grad of another dtype or device than its weight, before anything is written.
+    """
     grads = [_present_grad(w) for w in weights]
     found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
     for w, grad in zip(weights, grads, strict=True):
@@ -177,7 +181,7 @@ def _stream_follower(device: torch.device) -> Callable[[Scale], None]:
         if consumer != producer:
             consumer.wait_stream(producer)
             for factor in scale:
-                if factor is not None:
+                if isinstance(factor, Tensor):
                     factor.record_stream(consumer)
 
     return follow
@@ -185,8 +189,9 @@ def _stream_follower(device: torch.device) -> Callable[[Scale], None]:
 
 def _gradients(ctx: Any, strengths: Strengths, scale: Scale) -> list[Tensor | None]:
     """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
-    mode = Mode.GRADIENT if ctx.gradients is None else Mode.RESCALE
-    grads = empty_gradients(ctx.weights) if ctx.gradients is None else ctx.gradients
+    grads, mode = ctx.gradients, Mode.RESCALE
+    if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
+        grads, mode = empty_gradients(ctx.weights), Mode.GRADIENT
     ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
     sweep(ctx.weights, ctx.call.groups, mode, strengths, scale=scale, grads=grads, reduce=False, impl=ctx.call.impl)
     return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[3:], strict=True)]
@@ -197,7 +202,7 @@ def _differentiable_backward(ctx: Any, strengths: Strengths, scale: Scale) -> tu
     terms = reference.penalty_terms(ctx.weights, ctx.call.groups, strengths)
     inputs = [*strengths, *ctx.weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-    upstream = [factor.to(term) for factor, term in zip(scale, terms, strict=True) if factor is not None]
+    upstream = [torch.as_tensor(factor).to(term) for factor, term in zip(scale, terms, strict=True)]
     found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
@@ -207,12 +212,13 @@ def _differentiable_backward(ctx: Any, strengths: Strengths, scale: Scale) -> tu
 
 def _scale(total: Tensor | None, l1_term: Tensor | None, l2_term: Tensor | None) -> Scale:
     """The upstream gradients of the two terms; that of the total counts for both."""
-    if l1_term is None and l2_term is None:
-        return Scale(total, total)
-    some = next(g for g in (total, l1_term, l2_term) if g is not None)
-    zero = torch.zeros_like(some)
-    total = zero if total is None else total
-    return Scale(total if l1_term is None else total + l1_term, total if l2_term is None else total + l2_term)
+    return Scale(_sum(total, l1_term), _sum(total, l2_term))
+
+
+def _sum(total: Tensor | None, term: Tensor | None) -> Strength:
+    if total is None:
+        return 0.0 if term is None else term
+    return total if term is None else total + term
 
 
 def _present_grad(weight: Tensor) -> Tensor:
@@ -222,4 +228,9 @@ def _present_grad(weight: Tensor) -> Tensor:
         return torch.zeros_like(weight, requires_grad=False)
     if grad.layout != torch.strided:
         return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
+    if grad.dtype != weight.dtype or grad.device != weight.device:
+        raise TypeError(
+            f"a .grad is {grad.dtype} on {grad.device} but its weight of shape {tuple(weight.shape)} is {weight.dtype} "
+            f"on {weight.device}; add the penalty to the loss instead, or convert the gradient"
+        )
     return grad

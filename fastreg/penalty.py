@@ -13,123 +13,14 @@ l2 = alpha * (1 - l1_ratio) / 2.
 The proximal operator is the closed form in Parikh and Boyd, Proximal Algorithms (2014), section 6.5.3.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastreg.autograd import Call, ElasticPenaltyFunction
-from fastreg.plan import Mode
+from fastreg.elastic_net import ElasticNet, Penalty
 from fastreg.selection import Filter, Selection
-from fastreg.strengths import Strength, check_strength
-from fastreg.sweep import check_impl, sweep
-
-
-class Penalty(NamedTuple):
-    """A penalty and its parts: 0-dim tensors, float32 (float64 if any weight is), on the first weight's device.
-
-    `l1` and `l2` are the weighted terms, as they enter the loss: they sum to `total`.
-    """
-
-    total: Tensor
-    l1: Tensor
-    l2: Tensor
-
-
-class ElasticNet:
-    """`elastic_penalty` for the same parameters again and again: names, filters and pointer tables are kept.
-
-    Args: as `elastic_penalty`. `l1` and `l2` may be assigned at any time, by a schedule for instance; nothing is
-    recompiled and nothing waits for the device.
-
-    A parameter that is frozen, thawed, moved, converted or replaced in its module is noticed at the next call. Modules
-    added later are not: make a new ElasticNet then.
-
-    Example:
-        >>> reg = fastreg.ElasticNet(model, l1=1e-5, l2=1e-4, exclude=fastreg.bias_and_norm)
-        >>> loss = criterion(model(x), y) + reg()
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        l1: Strength = 0.0,
-        l2: Strength = 0.0,
-        *,
-        include: Filter = None,
-        exclude: Filter = None,
-        impl: Literal["triton", "torch"] | None = None,
-    ) -> None:
-        check_impl(impl)
-        self.l1 = l1
-        self.l2 = l2
-        self._impl = impl
-        # What can be walked only once is walked here.
-        self._params = _repeatable(params)
-        self._filters = (include, exclude)
-        self._selection = Selection(self._params, include, exclude)
-        self._selection.strengths(self._l1, self._l2)
-
-    @classmethod
-    def from_alpha(cls, params: Any, alpha: float, l1_ratio: float, **keywords: Any) -> "ElasticNet":
-        """The same in scikit-learn's parametrisation: l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
-
-        Source: the objective in the documentation of sklearn.linear_model.ElasticNet.
-
-        Raises:
-            ValueError: negative or infinite alpha, or l1_ratio outside [0, 1].
-        """
-        alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
-        if not isinstance(ratio, Tensor) and ratio > 1:
-            raise ValueError(f"l1_ratio must be between 0 and 1, got {ratio}")
-        return cls(params, alpha_checked * ratio, alpha_checked * (1 - ratio) / 2, **keywords)
-
-    @property
-    def l1(self) -> Strength:
-        """Strength of Σ|w| where a group has none of its own: a float, or a 0-dim tensor read on the device."""
-        return self._l1
-
-    @l1.setter
-    def l1(self, value: Strength) -> None:
-        self._l1 = check_strength(value, "l1")
-
-    @property
-    def l2(self) -> Strength:
-        """Strength of Σw² where a group has none of its own: a float, or a 0-dim tensor read on the device."""
-        return self._l2
-
-    @l2.setter
-    def l2(self, value: Strength) -> None:
-        self._l2 = check_strength(value, "l2")
-
-    @overload
-    def __call__(self, *, return_terms: Literal[False] = False) -> Tensor: ...
-    @overload
-    def __call__(self, *, return_terms: Literal[True]) -> Penalty: ...
-    def __call__(self, *, return_terms: bool = False) -> Tensor | Penalty:
-        """The penalty of the weights as they are now; see `elastic_penalty`."""
-        selection = self._current()
-        strengths = selection.strengths(self._l1, self._l2)
-        call = Call(selection.groups, self._impl)
-        needs_graph = torch.is_grad_enabled()
-        if needs_graph:
-            found = ElasticPenaltyFunction.apply(call, *strengths, *selection.weights)
-            penalty = Penalty(*found)
-        else:
-            measure = sweep(selection.weights, selection.groups, Mode.VALUE, strengths, impl=self._impl)
-            assert measure is not None
-            penalty = Penalty(*measure[:3])
-        return penalty if return_terms else penalty.total
-
-    def __repr__(self) -> str:
-        n_elements = sum(w.numel() for w in self._selection.weights)
-        return f"ElasticNet({len(self._selection.weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
-
-    def _current(self) -> Selection:
-        if not self._selection.is_current():
-            self._selection = Selection(self._params, *self._filters)
-        return self._selection
+from fastreg.strengths import Strength
 
 
 @overload
@@ -199,12 +90,80 @@ def elastic_penalty(
     return reg(return_terms=True) if return_terms else reg()
 
 
-def _repeatable(params: Any) -> Any:
-    """`params` with every iterator in it replaced by a list."""
-    if isinstance(params, Iterator):
-        return [_repeatable(item) for item in params]
-    if isinstance(params, list):
-        return [_repeatable(item) if isinstance(item, Mapping) else item for item in params]
-    if isinstance(params, Mapping) and isinstance(params.get("params"), Iterator):
-        return {**params, "params": list(params["params"])}
-    return params
+def add_elastic_grad_(
+    params: Any,
+    l1: Strength = 0.0,
+    l2: Strength = 0.0,
+    *,
+    include: Filter = None,
+    exclude: Filter = None,
+    impl: Literal["triton", "torch"] | None = None,
+) -> Penalty:
+    """Adds the penalty's gradient, l1 * sign(w) + 2 * l2 * w, to .grad, and returns the penalty, in one pass.
+
+    The cheapest penalty outside an optimizer: it reads the weights once, reads and writes .grad once, and needs no
+    backward pass. Call it after backward and before optimizer.step(); `ElasticNet.attach` does so by itself. A .grad
+    that is None is created. Nothing waits for the device.
+
+    Args: as `elastic_penalty`. Gradients with respect to l1 and l2 are not formed.
+
+    Returns:
+        The `Penalty` of the weights as they are, without a graph.
+
+    Raises: as `elastic_penalty`, and
+        TypeError: a .grad of another dtype or device than its weight.
+
+    Any error leaves weights and gradients as they were.
+
+    Example:
+        >>> criterion(model(x), y).backward()
+        >>> penalty = fastreg.add_elastic_grad_(model, l1=1e-5, l2=1e-4)
+        >>> optimizer.step()
+    """
+    return ElasticNet(params, l1, l2, include=include, exclude=exclude, impl=impl).add_grad_()
+
+
+def elastic_prox_(
+    params: Any,
+    l1: Strength = 0.0,
+    l2: Strength = 0.0,
+    *,
+    lr: Strength,
+    include: Filter = None,
+    exclude: Filter = None,
+    impl: Literal["triton", "torch"] | None = None,
+) -> None:
+    """Applies the proximal step of the penalty to the weights in place: w = prox_lr(w), with exact zeros.
+
+    prox_lr(w) = sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2). Call it after optimizer.step() instead of adding
+    the penalty to the loss: with plain SGD that is the proximal gradient method (ISTA; Beck and Teboulle, 2009).
+
+    Args: as `elastic_penalty`, and
+        lr: the step size, that of the optimizer as a rule: a float, or a 0-dim tensor on the weights' device.
+
+    Raises: as `elastic_penalty`, and
+        ValueError: a negative, NaN or infinite lr; an expanded weight, whose elements share memory.
+
+    Any error leaves the weights as they were. A graph recorded before this call refuses to run backward after it.
+
+    Example:
+        >>> optimizer.step()
+        >>> fastreg.elastic_prox_(model, l1=1e-5, lr=optimizer.param_groups[0]["lr"])
+    """
+    ElasticNet(params, l1, l2, include=include, exclude=exclude, impl=impl).prox_(lr)
+
+
+@torch.no_grad()
+def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> Tensor:
+    """The fraction of weights that are exactly zero: a 0-dim float32 tensor on the first weight's device.
+
+    Args: as `elastic_penalty`.
+
+    Raises: as `elastic_penalty`; ValueError too where the selected weights have no elements.
+    """
+    weights = Selection(params, include, exclude).weights
+    total = sum(w.numel() for w in weights)
+    if total == 0:
+        raise ValueError("nothing selected: the selected parameters have no elements")
+    nonzero = torch.stack([torch.count_nonzero(w).to(weights[0].device) for w in weights]).sum()
+    return ((total - nonzero).double() / total).float()

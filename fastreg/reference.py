@@ -43,7 +43,7 @@ def sweep(
         value_dtype: of the value, or None where none is wanted.
     """
     # Only host memory may be looked at: elsewhere the comparison would wait for the device.
-    if mode == Mode.RESCALE and all(s is not None and s.device.type == "cpu" and bool(s == 1) for s in scale):
+    if mode == Mode.RESCALE and all(isinstance(s, Tensor) and s.device.type == "cpu" and bool(s == 1) for s in scale):
         return None
     sums: list[Tensor] = []
     sum_groups: list[int] = []

@@ -15,14 +15,14 @@ Strength: TypeAlias = float | Tensor
 
 
 class Scale(NamedTuple):
-    """0-dim device tensors that multiply the strengths: upstream gradients, a loss scale, a learning rate."""
+    """Factors on the strengths, floats or 0-dim tensors: upstream gradients, a loss scale, a learning rate."""
 
-    l1: Tensor | None = None
-    l2: Tensor | None = None
+    l1: Strength = 1.0
+    l2: Strength = 1.0
 
     def on(self, device: torch.device) -> "Scale":
         """The same scale, readable from `device`."""
-        return Scale(*(s if s is None else s.to(device) for s in self))
+        return Scale(*(s.to(device) if isinstance(s, Tensor) else s for s in self))
 
 
 UNSCALED = Scale()
@@ -58,13 +58,14 @@ def measure(sums: Tensor, strengths: Strengths, value_dtype: torch.dtype) -> Mea
     return Measure((l1_term + l2_term).to(value_dtype), l1_term.to(value_dtype), l2_term.to(value_dtype), sums)
 
 
-def _pick(strength: Strength, group: int, factor: Tensor | None) -> Strength:
-    if isinstance(strength, Tensor):
-        strength = strength.to(accumulate_dtype(strength.device))
-        strength = strength[group] if strength.ndim else strength
-    if factor is None:
-        return strength
-    return strength * factor.to(accumulate_dtype(factor.device))
+def _pick(strength: Strength, group: int, factor: Strength) -> Strength:
+    if isinstance(strength, Tensor) and strength.ndim:
+        strength = strength[group]
+    return _wide(strength) * _wide(factor)
+
+
+def _wide(factor: Strength) -> Strength:
+    return factor.to(accumulate_dtype(factor.device)) if isinstance(factor, Tensor) else factor
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:

@@ -40,8 +40,9 @@ def sweep(
     plan = plan_for(dense, groups)
     value_dtype = plan.value_dtype if reduce else None
     measures: list[Measure | None] = []
-    for device, parts in plan.shards.items():
-        run = implementation(device, impl)
+    # All decided before the first write, so that an error leaves everything as it was.
+    runs = [implementation(device, impl) for device in plan.shards]
+    for run, (device, parts) in zip(runs, plan.shards.items(), strict=True):
         local = strengths.on(device), scale.on(device)
         measures.append(run(parts, mode, dense, staged, *local, plan.n_groups, value_dtype))
     if mode == Mode.PROX:

@@ -43,8 +43,8 @@ def sweep(
     device = parts[0].device
     reduce = value_dtype is not None
     chunks = [part.tables.chunk_tensor.numel() for part in parts]
-    l1, l1_ptr = _scalar_and_pointer(strengths.l1)
-    l2, l2_ptr = _scalar_and_pointer(strengths.l2)
+    (l1, l1_ptr), (l2, l2_ptr) = map(_scalar_and_pointer, strengths)
+    (factor_l1, scale_l1_ptr), (factor_l2, scale_l2_ptr) = map(_scalar_and_pointer, scale)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         partials = torch.empty((sum(chunks), 2), dtype=torch.float64, device=device) if reduce else None
         first_partial = 0
@@ -59,10 +59,10 @@ def sweep(
                 partials_ptr=partials[first_partial:] if partials is not None else None,
                 l1_ptr=l1_ptr,
                 l2_ptr=l2_ptr,
-                scale_l1_ptr=scale.l1,
-                scale_l2_ptr=scale.l2,
-                l1=l1,
-                l2=l2,
+                scale_l1_ptr=scale_l1_ptr,
+                scale_l2_ptr=scale_l2_ptr,
+                l1=l1 * factor_l1,
+                l2=l2 * factor_l2,
                 grad_base=grad_base,
                 blocks_per_chunk=part.tables.blocks_per_chunk,
                 DTYPE=_TRITON_DTYPES[part.dtype],

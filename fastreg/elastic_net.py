@@ -1,0 +1,204 @@
+"""`ElasticNet`: a penalty that knows its parameters, for use again and again."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastreg.autograd import Call, ElasticPenaltyFunction, add_gradients
+from fastreg.optim import Attachment
+from fastreg.plan import Mode
+from fastreg.prox import shrink
+from fastreg.selection import Filter, Selection
+from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, check_strength
+from fastreg.sweep import check_impl, sweep
+
+
+class Penalty(NamedTuple):
+    """A penalty and its parts: 0-dim tensors, float32 (float64 if any weight is), on the first weight's device.
+
+    `l1` and `l2` are the weighted terms, as they enter the loss: they sum to `total`.
+    """
+
+    total: Tensor
+    l1: Tensor
+    l2: Tensor
+
+
+class ElasticNet:
+    """`elastic_penalty` for the same parameters again and again: names, filters and pointer tables are kept.
+
+    Args: as `elastic_penalty`. `l1` and `l2` may be assigned at any time, by a schedule for instance; nothing is
+    recompiled and nothing waits for the device.
+
+    A parameter that is frozen, thawed, moved, converted or replaced in its module is noticed at the next call. Modules
+    added later are not: make a new ElasticNet then.
+
+    `last` is the `Penalty` of the last step of an optimizer that this is attached to, or None before that.
+
+    Example:
+        >>> reg = fastreg.ElasticNet(model, l1=1e-5, l2=1e-4, exclude=fastreg.bias_and_norm)
+        >>> loss = criterion(model(x), y) + reg()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        l1: Strength = 0.0,
+        l2: Strength = 0.0,
+        *,
+        include: Filter = None,
+        exclude: Filter = None,
+        impl: Literal["triton", "torch"] | None = None,
+    ) -> None:
+        check_impl(impl)
+        self.l1 = l1
+        self.l2 = l2
+        self._impl = impl
+        # What can be walked only once is walked here.
+        self._params = _repeatable(params)
+        self._filters = (include, exclude)
+        self._selection = Selection(self._params, include, exclude)
+        self._selection.strengths(self._l1, self._l2)
+        self._attachment: Attachment | None = None
+        self.last: Penalty | None = None
+
+    @classmethod
+    def from_alpha(cls, params: Any, alpha: float, l1_ratio: float, **keywords: Any) -> "ElasticNet":
+        """The same in scikit-learn's parametrisation: l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
+
+        Source: the objective in the documentation of sklearn.linear_model.ElasticNet.
+
+        Raises:
+            ValueError: negative or infinite alpha, or l1_ratio outside [0, 1].
+        """
+        alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
+        if not isinstance(ratio, Tensor) and ratio > 1:
+            raise ValueError(f"l1_ratio must be between 0 and 1, got {ratio}")
+        return cls(params, alpha_checked * ratio, alpha_checked * (1 - ratio) / 2, **keywords)
+
+    @property
+    def l1(self) -> Strength:
+        """Strength of Σ|w| where a group has none of its own: a float, or a 0-dim tensor read on the device."""
+        return self._l1
+
+    @l1.setter
+    def l1(self, value: Strength) -> None:
+        self._l1 = check_strength(value, "l1")
+
+    @property
+    def l2(self) -> Strength:
+        """Strength of Σw² where a group has none of its own: a float, or a 0-dim tensor read on the device."""
+        return self._l2
+
+    @l2.setter
+    def l2(self, value: Strength) -> None:
+        self._l2 = check_strength(value, "l2")
+
+    @overload
+    def __call__(self, *, return_terms: Literal[False] = False) -> Tensor: ...
+    @overload
+    def __call__(self, *, return_terms: Literal[True]) -> Penalty: ...
+    def __call__(self, *, return_terms: bool = False) -> Tensor | Penalty:
+        """The penalty of the weights as they are now; see `elastic_penalty`."""
+        weights, groups, strengths = self._current()
+        if torch.is_grad_enabled():
+            penalty = Penalty(*ElasticPenaltyFunction.apply(Call(groups, self._impl), *strengths, *weights))
+        else:
+            penalty = _penalty(sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))
+        return penalty if return_terms else penalty.total
+
+    def add_grad_(self) -> Penalty:
+        """Adds the penalty's gradient to .grad and returns the penalty; see `add_elastic_grad_`."""
+        return self._add_grad(UNSCALED)
+
+    def prox_(self, lr: Strength) -> None:
+        """Shrinks the weights by the proximal step of size `lr`; see `elastic_prox_`."""
+        weights, groups, strengths = self._current()
+        steps = [check_strength(lr, "lr")] * len(weights)
+        shrink(self._selection.names, weights, groups, strengths, steps, impl=self._impl)
+
+    def attach(self, optimizer: torch.optim.Optimizer, mode: Literal["grad", "prox"] = "grad") -> Attachment:
+        """Makes every `optimizer.step()` apply the penalty, once, however many micro-batches went before it.
+
+        The loss then goes without: nothing of the penalty passes through backward.
+
+        Args:
+            optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones,
+                and GradScaler, are provided for.
+            mode: "grad" adds the gradient right before the step, after any clipping, which therefore does not see it.
+                "prox" applies the proximal step right after it, with the learning rate of each weight's param group
+                as it is then, and leaves exact zeros; the optimizer's own steps are unaware of it, so that with Adam
+                the threshold is lr * l1 and not scaled as Adam scales its updates.
+
+        Returns:
+            A handle with `remove()`. `last` is the `Penalty` of the last step: of the weights that the gradient was
+            taken at, or that the proximal step was applied to.
+
+        Raises:
+            ValueError: a selected weight that the optimizer does not hold, an unknown mode.
+            TypeError: not an optimizer; LBFGS, which needs the penalty in its closure's loss.
+            RuntimeError: attached already; later, from step(), a closure in mode "grad".
+        """
+        if self._attachment is not None:
+            raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
+        attachment = Attachment(
+            optimizer, mode, add_grad=self._step_grad, prox=self._step_prox, on_remove=self._forget_attachment
+        )
+        try:
+            self._steps({id(p): 0.0 for group in optimizer.param_groups for p in group["params"]})
+        except ValueError:
+            attachment.remove()
+            raise
+        self._attachment = attachment
+        return attachment
+
+    def __repr__(self) -> str:
+        n_elements = sum(w.numel() for w in self._selection.weights)
+        return f"ElasticNet({len(self._selection.weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
+
+    def _add_grad(self, scale: Scale) -> Penalty:
+        weights, groups, strengths = self._current()
+        return _penalty(add_gradients(weights, groups, strengths, scale=scale, reduce=True, impl=self._impl))
+
+    def _step_grad(self, scale: Scale) -> None:
+        self.last = self._add_grad(scale)
+
+    def _step_prox(self, learning_rates: dict[int, Strength]) -> None:
+        weights, groups, strengths = self._current()
+        steps = self._steps(learning_rates)
+        found = shrink(self._selection.names, weights, groups, strengths, steps, reduce=True, impl=self._impl)
+        self.last = _penalty(found)
+
+    def _steps(self, learning_rates: dict[int, Strength]) -> list[Strength]:
+        selection = self._selection
+        for name, w in zip(selection.names, selection.weights, strict=True):
+            if id(w) not in learning_rates:
+                raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
+        return [learning_rates[id(w)] for w in selection.weights]
+
+    def _forget_attachment(self) -> None:
+        self._attachment = None
+
+    def _current(self) -> tuple[list[Tensor], list[int], Strengths]:
+        """Weights, their groups, and the groups' strengths, as they are now."""
+        if not self._selection.is_current():
+            self._selection = Selection(self._params, *self._filters)
+        return self._selection.weights, self._selection.groups, self._selection.strengths(self._l1, self._l2)
+
+
+def _penalty(measure: Measure | None) -> Penalty:
+    assert measure is not None
+    return Penalty(measure.total, measure.l1, measure.l2)
+
+
+def _repeatable(params: Any) -> Any:
+    """`params` with every iterator in it replaced by a list."""
+    if isinstance(params, Iterator):
+        return [_repeatable(item) for item in params]
+    if isinstance(params, list):
+        return [_repeatable(item) if isinstance(item, Mapping) else item for item in params]
+    if isinstance(params, Mapping) and isinstance(params.get("params"), Iterator):
+        return {**params, "params": list(params["params"])}
+    return params

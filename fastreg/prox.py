@@ -1,0 +1,55 @@
+"""The proximal step on a list of weights, each with a step size of its own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastreg.plan import Mode
+from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure
+from fastreg.sweep import is_dense, sweep
+
+
+def shrink(
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    strengths: Strengths,
+    steps: Sequence[Strength],
+    *,
+    reduce: bool = False,
+    impl: str | None = None,
+) -> Measure | None:
+    """One sweep that shrinks `weights[i]` by a step of `steps[i]`; the measure is of the weights before it.
+
+    Raises:
+        ValueError: a weight whose elements share memory, before anything is written.
+    """
+    for name, w in zip(names, weights, strict=True):
+        if not is_dense(w) and any(stride == 0 and size > 1 for stride, size in zip(w.stride(), w.shape, strict=True)):
+            raise ValueError(f"parameter {name!r} is expanded: its elements share memory; pass the tensor it views")
+    device = weights[0].device
+    distinct = {_key(step): step for step in steps}
+    if len(distinct) == 1:
+        step = combine([steps[0]], device, "lr")
+        found = sweep(weights, groups, Mode.PROX, strengths, scale=Scale(step, step), reduce=reduce, impl=impl)
+    else:
+        # Groups that differ in strength or step, with strengths that carry the step.
+        pairs = [(group, _key(step)) for group, step in zip(groups, steps, strict=True)]
+        refined = list(dict.fromkeys(pairs))
+        plain = [strengths.of_group(group) for group, _ in refined]
+        scaled = [strengths.of_group(group, Scale(distinct[key], distinct[key])) for group, key in refined]
+        fine_groups = [refined.index(pair) for pair in pairs]
+        found = sweep(weights, fine_groups, Mode.PROX, _combine(scaled, device), reduce=reduce, impl=impl)
+        if found is not None:
+            found = measure(found.sums, _combine(plain, device), found.total.dtype)
+    torch.autograd.graph.increment_version(weights)
+    return found
+
+
+def _key(step: Strength) -> float | int:
+    return id(step) if isinstance(step, Tensor) else step
+
+
+def _combine(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -> Strengths:
+    return Strengths(*(combine(column, device, "lr") for column in zip(*pairs, strict=True)))
