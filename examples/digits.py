@@ -172,7 +172,8 @@ def plot(history: list[Terms], epochs: int, initial: np.ndarray, trained: np.nda
         if np.any(values):  # a part without strength has no place on a log axis
             left.plot(np.arange(1, epochs + 1), values, look, label=label, marker=".")
     left.set(xlabel="epoch", ylabel="mean over the epoch's steps", yscale="log", title="Training loss and its parts")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.set_xlim(0.5, epochs + 0.5)
+    left.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
