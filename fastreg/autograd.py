@@ -89,7 +89,8 @@ def add_gradients(
     for w, grad in zip(weights, grads, strict=True):
         if w.grad is not grad:
             w.grad = grad
-    torch.autograd.graph.increment_version(grads)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(grads)
     return found
 
 

@@ -10,6 +10,7 @@ from fastreg.autograd import Call, ElasticPenaltyFunction, add_gradients
 from fastreg.optim import Attachment
 from fastreg.plan import Mode
 from fastreg.prox import shrink
+from fastreg.reference import traced_sweep
 from fastreg.selection import Filter, Selection
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, check_strength
 from fastreg.sweep import check_impl, sweep
@@ -103,7 +104,9 @@ class ElasticNet:
     def __call__(self, *, return_terms: bool = False) -> Tensor | Penalty:
         """The penalty of the weights as they are now; see `elastic_penalty`."""
         weights, groups, strengths = self._current()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and torch.compiler.is_compiling():
+            penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, UNSCALED, None, reduce=True))
+        elif torch.is_grad_enabled():
             penalty = Penalty(*ElasticPenaltyFunction.apply(Call(groups, self._impl), *strengths, *weights))
         else:
             penalty = _penalty(sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))

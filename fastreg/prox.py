@@ -43,7 +43,8 @@ def shrink(
         found = sweep(weights, fine_groups, Mode.PROX, _combine(scaled, device), reduce=reduce, impl=impl)
         if found is not None:
             found = measure(found.sums, _combine(plain, device), found.total.dtype)
-    torch.autograd.graph.increment_version(weights)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(weights)
     return found
 
 

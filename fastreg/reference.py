@@ -1,7 +1,7 @@
 """The sweep in pure PyTorch: for CPUs, for devices without Triton, and as a second opinion on the kernels.
 
-`sweep` works in blocks through scratch memory that stays in cache. `penalty_terms` states the same mathematics as an
-expression, for the places where autograd itself has to see it.
+`sweep` works in blocks through scratch memory that stays in cache. The functions above it state the same mathematics as
+expressions, for the places where autograd or a compiler has to see it.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,59 @@ import torch
 from torch import Tensor
 
 from fastreg.plan import Block, Mode, Part
-from fastreg.strengths import Measure, Scale, Strengths, accumulate_dtype, measure
+from fastreg.strengths import Measure, Scale, Strength, Strengths, accumulate_dtype, measure
 
 
 def penalty_terms(weights: Sequence[Tensor], groups: Sequence[int], strengths: Strengths) -> tuple[Tensor, Tensor]:
-    """The two weighted terms in float64, as a graph that autograd, vmap and compilers see through."""
+    """The two weighted terms in float64, as a graph that autograd and compilers see through."""
     device = weights[0].device
     l1_term = l2_term = torch.zeros((), dtype=accumulate_dtype(device), device=device)
     for w, group in zip(weights, groups, strict=True):
         l1, l2 = strengths.of_group(group)
         wide = w.to(_compute_dtype(w.dtype))
-        l1_term = l1_term + l1 * wide.abs().sum(dtype=accumulate_dtype(w.device)).to(device)
-        l2_term = l2_term + l2 * wide.square().sum(dtype=accumulate_dtype(w.device)).to(device)
+        l1_term = l1_term + (l1 * wide.abs().sum(dtype=accumulate_dtype(w.device))).to(device)
+        # Squared in float64, like everywhere: float32 overflows at 2e19.
+        l2_term = l2_term + (l2 * wide.to(accumulate_dtype(w.device)).square().sum()).to(device)
     return l1_term, l2_term
+
+
+def gradient(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
+    """l1 * sign(w) + 2 * l2 * w in float32 or better, rounded once."""
+    wide = w.to(_compute_dtype(w.dtype))
+    return (wide.sign() * l1 + wide * (2 * l2)).to(w.dtype)
+
+
+def prox(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
+    """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), for strengths that carry the step, likewise."""
+    wide = w.to(_compute_dtype(w.dtype))
+    magnitude = wide.abs()
+    shrunk = (magnitude - l1) / (1 + 2 * l2) * wide.sign()
+    return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
+
+
+def traced_sweep(
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    mode: Mode,
+    strengths: Strengths,
+    scale: Scale,
+    grads: Sequence[Tensor] | None,
+    reduce: bool,
+) -> Measure | None:
+    """`sweep` over weights of any device and strides without blocks or scratch memory: a compiler fuses it anyway."""
+    found = None
+    if reduce:
+        l1_term, l2_term = penalty_terms(weights, groups, strengths)
+        value_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+        total = (l1_term + l2_term).to(value_dtype)
+        found = Measure(total, l1_term.to(value_dtype), l2_term.to(value_dtype), total.new_empty(0))
+    for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
+        l1, l2 = strengths.of_group(group, scale)
+        if mode == Mode.ACCUMULATE and grads is not None:
+            grads[i].add_(gradient(w, l1, l2))
+        elif mode == Mode.PROX:
+            w.copy_(prox(w, l1, l2))
+    return found
 
 
 def sweep(

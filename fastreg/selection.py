@@ -142,7 +142,7 @@ def _choose(
 
 def check_weight(name: str, tensor: Tensor) -> None:
     """Raises TypeError where `tensor` is of a kind that has no penalty here, with its name and a way out."""
-    if nn.parameter.is_lazy(tensor):
+    if isinstance(tensor, nn.UninitializedParameter):
         problem = "is not initialised yet; run a batch through its lazy module first"
     elif tensor.is_quantized:
         problem = "is quantized; exclude it, or dequantize() it"

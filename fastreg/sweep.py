@@ -35,6 +35,8 @@ def sweep(
     Raises:
         RuntimeError: impl="triton" where it cannot run.
     """
+    if torch.compiler.is_compiling():
+        return reference.traced_sweep(weights, groups, mode, strengths, scale, grads, reduce)
     dense = [w if is_dense(w) else w.contiguous() for w in weights]
     staged = None if grads is None else [_stage(g, w, mode) for g, w in zip(grads, dense, strict=True)]
     plan = plan_for(dense, groups)
