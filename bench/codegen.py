@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from fastreg.kernels import launch
 from fastreg.plan import BLOCK, Mode, plan_for
-from fastreg.strengths import UNSCALED, Scale, Strengths
+from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 
 TABLE = Path(__file__).parents[1] / "docs" / "codegen.md"
 
@@ -128,25 +128,25 @@ def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
     return recorder.launches
 
 
+def sweep_once(
+    variant: Variant, weights: Sequence[torch.Tensor], strength: Strength, scale: Scale = UNSCALED
+) -> object:
+    """The launcher's work for one sweep: the last of several weights is a strength group of its own."""
+    plan = plan_for(weights, [0] * (len(weights) - 1) + [int(len(weights) > 1)])
+    (parts,) = plan.shards.values()
+    grads = weights if variant.mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None
+    value_dtype = plan.value_dtype if variant.reduce else None
+    strengths = Strengths(strength, strength)
+    return launch.sweep(parts, variant.mode, weights, grads, strengths, scale, plan.n_groups, value_dtype)
+
+
 def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[str, Launch]:
     """The launches of one sweep in this variant, by the kernel's name."""
     weights = [torch.empty(BLOCK, dtype=dtype) for _ in range(1 + variant.grouped)]
-    plan = plan_for(weights, range(len(weights)))
-    (parts,) = plan.shards.values()
-    strength = torch.ones(len(weights), dtype=torch.float64) if variant.grouped else 1.0
+    strength = torch.ones(2, dtype=torch.float64) if variant.grouped else 1.0
     scale = Scale(torch.ones(()), torch.ones(())) if variant.scaled else UNSCALED
-    call = functools.partial(
-        launch.sweep,
-        parts,
-        variant.mode,
-        weights,
-        weights if variant.mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None,
-        Strengths(strength, strength),
-        scale,
-        plan.n_groups,
-        plan.value_dtype if variant.reduce else None,
-    )
-    return {found.function.__name__: found for found in record(target, call)}
+    found = record(target, functools.partial(sweep_once, variant, weights, strength, scale))
+    return {each.function.__name__: each for each in found}
 
 
 def compile_for(target: GPUTarget, found: Launch) -> CompiledKernel:

@@ -33,10 +33,12 @@ class Selection:
         chosen = _choose(self._candidates, _matcher(include, "include"), _matcher(exclude, "exclude"))
         self.names = [c.name for c in chosen]
         self.weights = [c.tensor for c in chosen]
-        # Groups that lost all their weights drop out.
-        used = sorted({c.group for c in chosen})
-        self.groups = [used.index(c.group) for c in chosen]
-        self._own_strengths = [self._own_strengths[group] for group in used]
+        # Groups of equal strengths are one, and groups that lost all their weights are none.
+        keys = [tuple(id(s) if isinstance(s, Tensor) else s for s in pair) for pair in self._own_strengths]
+        used = {keys[c.group]: self._own_strengths[c.group] for c in chosen}
+        numbers = {key: number for number, key in enumerate(used)}
+        self.groups = [numbers[keys[c.group]] for c in chosen]
+        self._own_strengths = list(used.values())
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced in its module since."""

@@ -104,7 +104,7 @@ def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> S
             raise ValueError(
                 f"{name} is on {strength.device} but the weights are on {device}; move it with .to({str(device)!r})"
             )
-    if all(strength is per_group[0] for strength in per_group):
+    if len(per_group) == 1:
         return per_group[0]
     floats = [s for s in per_group if not isinstance(s, Tensor)]
     if len(floats) == len(per_group):

@@ -36,11 +36,11 @@ def _gradient(w, l1, l2):
 
 
 @triton.jit
-def _prox(w, l1, l2):
-    """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), for strengths that already carry the learning rate."""
+def _prox(w, l1, shrinkage):
+    """sign(w) * max(|w| - l1, 0) * shrinkage, for an l1 that carries the learning rate."""
     magnitude = tl.abs(w)
     # Compared this way round, NaN takes the arithmetic branch and survives.
-    shrunk = tl.where(magnitude <= l1, 0.0, (magnitude - l1) / (1 + 2 * l2))
+    shrunk = tl.where(magnitude <= l1, 0.0, (magnitude - l1) * shrinkage)
     return tl.where(w < 0, -shrunk, shrunk)
 
 
@@ -51,17 +51,22 @@ def _load(ptrs, mask):
 
 @triton.jit
 def _sweep_block(weight_ptrs, grad_ptrs, mask, l1, l2, abs_sum, square_sum, MODE: tl.constexpr, REDUCE: tl.constexpr):
-    """One block: reads w, does what MODE asks, and returns the two running float64 sums, elementwise."""
+    """One block: reads w, does what MODE asks, and returns the two running vectors of float64 sums."""
     DTYPE: tl.constexpr = weight_ptrs.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     w = _load(weight_ptrs, mask).to(COMPUTE)
     if REDUCE:
         # |w| and w * w of float32 are exact in float64.
         wide = w.to(tl.float64)
-        abs_sum += tl.abs(wide)
-        square_sum += wide * wide
+        # What a thread reads at once it sums at once: a float64 accumulator per element would fill its registers.
+        lanes: tl.constexpr = abs_sum.shape[0]
+        wide = tl.reshape(wide, (lanes, wide.shape[0] // lanes))
+        abs_sum += tl.sum(tl.abs(wide), axis=1)
+        square_sum += tl.sum(wide * wide, axis=1)
     if MODE == PROX:
-        tl.store(weight_ptrs, _prox(w, l1.to(COMPUTE), l2.to(COMPUTE)).to(DTYPE), mask=mask)
+        # One division for all elements, in float64.
+        shrinkage = (1 / (1 + 2 * l2)).to(COMPUTE)
+        tl.store(weight_ptrs, _prox(w, l1.to(COMPUTE), shrinkage).to(DTYPE), mask=mask)
     elif MODE != VALUE:
         grad = _gradient(w, l1.to(COMPUTE), l2.to(COMPUTE)).to(DTYPE)
         if MODE == ACCUMULATE:
@@ -120,11 +125,12 @@ def _sweep_kernel(
         misaligned += grad_address % 16
 
     lane = tl.arange(0, BLOCK)
-    abs_sum = tl.zeros((BLOCK,), tl.float64)
-    square_sum = tl.zeros((BLOCK,), tl.float64)
+    ACCUMULATORS: tl.constexpr = BLOCK * DTYPE.primitive_bitwidth // 128
+    abs_sum = tl.zeros((ACCUMULATORS,), tl.float64)
+    square_sum = tl.zeros((ACCUMULATORS,), tl.float64)
     REDUCE: tl.constexpr = partials_ptr is not None
 
-    # Full blocks of aligned tensors. Without both hints Triton sees neither alignment and emits scalar loads.
+    # Full blocks of aligned tensors. Without the hints Triton cannot see the alignment and emits scalar loads.
     full = tl.where(misaligned == 0, count // BLOCK * BLOCK, 0)
     aligned_weight_ptr = tl.multiple_of(weight_ptr, 16)
     aligned_grad_ptr = tl.multiple_of(grad_ptr, 16)
@@ -135,10 +141,10 @@ def _sweep_kernel(
         )
     # The tail, or all of a misaligned tensor.
     for block in range(full, count, BLOCK):
-        offsets = start + block + lane
-        mask = block + lane < count
+        first = start + block  # a scalar: 64-bit offsets in every lane would double the registers
+        mask = lane < tl.minimum(count - block, BLOCK).to(tl.int32)
         abs_sum, square_sum = _sweep_block(
-            weight_ptr + offsets, grad_ptr + offsets, mask, l1, l2, abs_sum, square_sum, MODE, REDUCE
+            weight_ptr + first + lane, grad_ptr + first + lane, mask, l1, l2, abs_sum, square_sum, MODE, REDUCE
         )
     if REDUCE:
         tl.store(partials_ptr + 2 * chunk, tl.sum(abs_sum, axis=0))

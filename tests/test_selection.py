@@ -124,6 +124,19 @@ def test_groups_bring_their_strengths(path: Path) -> None:
             assert oracle.ulp_distance(w.grad, oracle.gradient(w, l1, l2)) <= oracle.GRADIENT_ULPS[w.dtype]
 
 
+def test_a_tensor_strength_may_serve_several_groups(path: Path) -> None:
+    impl, device = path
+    # Its neighbour in memory must not become the second group's strength.
+    shared = torch.tensor([0.5, 1000.0], device=device)[0].requires_grad_()
+    weights = [torch.ones(10, device=device), torch.full((7,), 2.0, device=device)]
+    for second in (0.25, 0.0):
+        groups = [{"params": weights[0], "l2": 0.0}, {"params": weights[1], "l2": second}]
+        found = fastreg.elastic_penalty(groups, l1=shared, return_terms=True, impl=impl)
+        assert [term.item() for term in found] == [12 + 28 * second, 12.0, 28 * second]
+        (gradient,) = torch.autograd.grad(found.total, shared)
+        assert gradient.item() == 24.0
+
+
 def test_excluded_groups_may_vanish(net: Net) -> None:
     groups = [{"params": net.body, "l1": 9.0}, {"params": net.head, "l1": 0.5}]
     found = fastreg.elastic_penalty(groups, L1, L2, exclude=lambda name, p: any(p is q for q in net.body.parameters()))
