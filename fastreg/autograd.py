@@ -129,8 +129,22 @@ _HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
 _HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
     torch.autograd.Variable._execution_engine, "queue_callback"
 )
-# What sys.getrefcount says of a node that nobody else holds, when asked as _only_accumulated asks.
-_UNSHARED = min([sys.getrefcount(node) for node, _ in ((object(), 0),)])
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _references_of_an_unshared_node() -> int:
+    graph: Any = torch.zeros((), requires_grad=True).clone()
+    return max(_references(graph.grad_fn.next_functions))
+
+
+def _references(edges: Any) -> list[int]:
+    """How often the node of each edge is referenced, as seen from here."""
+    return [sys.getrefcount(node) for node, _ in edges]
+
+
+# PyTorch versions differ in how many references are their own.
+_UNSHARED = _references_of_an_unshared_node()
 
 
 def _compiled_autograd() -> bool:
@@ -147,7 +161,7 @@ def _only_accumulated(ctx: Any) -> list[int] | None:
         return None
     nodes = ctx.next_functions[-len(ctx.weights) :]
     # Whoever holds an AccumulateGrad node does so to hook it, and its hooks cannot be listed.
-    if any([sys.getrefcount(node) > _UNSHARED for node, _ in nodes]):
+    if max(_references(nodes)) > _UNSHARED:
         return None
     try:
         return [i for i, (node, _) in enumerate(nodes) if node and torch._C._will_engine_execute_node(node)]

@@ -59,7 +59,7 @@ def that_step_each_weight_in_backward(scene: Scene) -> list[Tensor]:
 
 def accumulate_node(w: Tensor) -> tuple[Tensor, Any]:
     alias = w.expand_as(w)
-    return alias, alias.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    return alias, alias.grad_fn.next_functions[0][0]
 
 
 def on_a_held_accumulate_node(scene: Scene) -> list[Tensor]:
@@ -93,9 +93,7 @@ def before_an_accumulate_node_that_only_the_graph_holds(scene: Scene) -> None:
 
 def on_the_penalty_itself(scene: Scene) -> None:
     penalty = scene.penalty()
-    penalty.grad_fn.register_hook(  # type: ignore[union-attr]
-        lambda inputs, outputs: tuple(None if grad is None else 2 * grad for grad in inputs)
-    )
+    penalty.grad_fn.register_hook(lambda inputs, outputs: tuple(None if grad is None else 2 * grad for grad in inputs))
     penalty.backward()
 
 
@@ -175,7 +173,7 @@ def of_a_parametrized_weight(scene: Scene) -> list[Tensor | None]:
 
 def of_a_gradient_kept_in_another_dtype(scene: Scene) -> list[torch.dtype]:
     half = scene.weights[2]
-    half.grad_dtype = torch.float32  # type: ignore[attr-defined]
+    half.grad_dtype = torch.float32
     for _ in range(2):
         (scene.loss() + scene.penalty()).backward()
     assert half.grad is not None

@@ -61,9 +61,7 @@ class Scene:
             for w in weights:
                 w.register_hook(lambda grad: None)
 
-    def terms(
-        self, weights: Sequence[Tensor] | None = None, l1: float | Tensor = L1, l2: float | Tensor = L2
-    ) -> Terms:
+    def terms(self, weights: Sequence[Tensor] | None = None, l1: float | Tensor = L1, l2: float | Tensor = L2) -> Terms:
         chosen = self.weights if weights is None else weights
         if self.way == "naive":
             return naive(chosen, l1, l2)
@@ -117,3 +115,21 @@ def spy_on_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
 
     monkeypatch.setattr(autograd, "sweep", spy)
     return modes
+
+
+def check_against_autograd(
+    way: str, path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch, is_empty: bool = False
+) -> None:
+    """Runs a scenario that nobody watches, whose outcome must be the naive formulation's.
+
+    Args:
+        is_empty: whether there is no gradient to add, so that the ways do not differ.
+    """
+    expected = outcome("naive", path, scenario)
+    modes = spy_on_sweeps(monkeypatch)
+
+    actual = outcome(way, path, scenario)
+
+    assert_same(actual, expected)
+    # Else tests of both ways would test the same one.
+    assert (Mode.ACCUMULATE in modes) == (way == "direct" and not is_empty)
