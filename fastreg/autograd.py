@@ -15,7 +15,7 @@ from torch import Tensor
 from fastreg import reference
 from fastreg.plan import Mode
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths
-from fastreg.sweep import empty_gradients, sweep
+from fastreg.sweep import empty_gradients, is_dense, sweep
 
 
 class Call(NamedTuple):
@@ -32,10 +32,11 @@ class ElasticPenaltyFunction(torch.autograd.Function):
     def forward(ctx: Any, call: Call, l1: Strength, l2: Strength, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call = call
-        # Kept outside save_for_backward, whose hooks would move a copy of the model to wherever activations go.
-        ctx.weights = weights
-        ctx.versions = versions(weights)
         ctx.floats = [None if isinstance(s, Tensor) else s for s in (l1, l2)]
+        # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
+        # to wherever activations go.
+        ctx.leaves = [w if w.is_leaf else None for w in weights]
+        ctx.versions = versions(ctx.leaves)
         ctx.gradients = None
         mode = Mode.VALUE
         if any(ctx.needs_input_grad[3:]) and is_observed(weights):
@@ -43,31 +44,37 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             ctx.gradients = empty_gradients(weights)
         found = sweep(weights, call.groups, mode, Strengths(l1, l2), grads=ctx.gradients, impl=call.impl)
         assert found is not None
-        # Saving something is what makes a second backward through a freed graph fail as it should.
-        ctx.save_for_backward(found.sums, *(s for s in (l1, l2) if isinstance(s, Tensor)))
+        # Saving something is also what makes a second backward through a freed graph fail as it should.
+        saved = [s for s in (l1, l2) if isinstance(s, Tensor)] + [w for w in weights if not w.is_leaf]
+        ctx.save_for_backward(found.sums, *saved)
         return found.total, found.l1, found.l2
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         sums, *saved = ctx.saved_tensors
         l1, l2 = (saved.pop(0) if value is None else value for value in ctx.floats)
+        weights = [saved.pop(0) if leaf is None else leaf for leaf in ctx.leaves]
         strengths, scale = Strengths(l1, l2), _scale(*upstream)
-        check_versions(ctx.weights, ctx.versions)
+        check_versions(ctx.leaves, ctx.versions)
+        none = [None] * len(weights)
+        if all(grad is None for grad in upstream):
+            return None, None, None, *none
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, strengths, scale)
+            return _differentiable_backward(ctx, weights, strengths, scale)
         strength_grads = [
             (factor * column if s.ndim else factor * column.sum()).to(s) if isinstance(s, Tensor) else None
             for s, factor, column in zip(strengths, scale, sums.unbind(1), strict=True)
         ]
-        none = [None] * len(ctx.weights)
         if not any(ctx.needs_input_grad[3:]):
             return None, *strength_grads, *none
-        targets = _only_accumulated(ctx)
-        if targets is not None:
-            if targets:
-                _queue(ctx, targets, strengths, scale)
-            return None, *strength_grads, *none
-        return None, *strength_grads, *_gradients(ctx, strengths, scale)
+        targets = _only_accumulated(ctx, weights)
+        if targets is None:
+            return None, *strength_grads, *_gradients(ctx, weights, strengths, scale)
+        if targets:
+            _queue(
+                [weights[i] for i in targets], [ctx.call.groups[i] for i in targets], strengths, scale, ctx.call.impl
+            )
+        return None, *strength_grads, *none
 
 
 def add_gradients(
@@ -94,12 +101,12 @@ def add_gradients(
     return found
 
 
-def versions(weights: Sequence[Tensor]) -> list[int]:
+def versions(weights: Sequence[Tensor | None]) -> list[int]:
     """How often each weight was changed in place, as far as that is counted."""
-    return [0 if w.is_inference() else w._version for w in weights]
+    return [0 if w is None or w.is_inference() else w._version for w in weights]
 
 
-def check_versions(weights: Sequence[Tensor], expected: Sequence[int]) -> None:
+def check_versions(weights: Sequence[Tensor | None], expected: Sequence[int]) -> None:
     """Raises as saved tensors do where a weight was changed in place since `expected` was taken."""
     if versions(weights) != expected:
         raise RuntimeError(
@@ -152,15 +159,15 @@ def _compiled_autograd() -> bool:
     return bool(getattr(module, "compiled_autograd_enabled", False))
 
 
-def _only_accumulated(ctx: Any) -> list[int] | None:
+def _only_accumulated(ctx: Any, weights: Sequence[Tensor]) -> list[int] | None:
     """The positions of the weights whose gradient this backward pass would add to .grad, seen by nobody.
 
     None where that is not so, or not known: the gradients must then be returned.
     """
-    if ctx.gradients is not None or is_observed(ctx.weights):
+    if ctx.gradients is not None or is_observed(weights) or _is_hooked(ctx):
         return None
-    nodes = ctx.next_functions[-len(ctx.weights) :]
-    # Whoever holds an AccumulateGrad node does so to hook it, and its hooks cannot be listed.
+    nodes = ctx.next_functions[-len(weights) :]
+    # Whoever holds an AccumulateGrad node does so to hook it, and asking all of them for their hooks takes too long.
     if max(_references(nodes)) > _UNSHARED:
         return None
     try:
@@ -169,18 +176,30 @@ def _only_accumulated(ctx: Any) -> list[int] | None:
         return None
 
 
-def _queue(ctx: Any, targets: list[int], strengths: Strengths, scale: Scale) -> None:
-    """Adds the gradients of the weights at `targets` to .grad once the running backward pass has finished."""
-    weights = [ctx.weights[i] for i in targets]
-    groups = [ctx.call.groups[i] for i in targets]
+def _is_hooked(node: Any) -> bool:
+    """Whether hooks registered on `node` will see the gradients that it returns."""
+    handle = node.register_hook(lambda inputs, outputs: None)
+    hooks = handle.hooks_dict_ref()
+    handle.remove()
+    return bool(hooks)
+
+
+def _queue(
+    weights: Sequence[Tensor], groups: Sequence[int], strengths: Strengths, scale: Scale, impl: str | None
+) -> None:
+    """Adds the weights' gradients to .grad once the running backward pass has finished."""
     expected = versions(weights)
-    impl = ctx.call.impl
+    # By then an optimizer of the strengths may have stepped in a hook.
+    strengths = Strengths(*(s.clone() if isinstance(s, Tensor) else s for s in strengths))
     follow = _stream_follower(weights[0].device)
 
     def accumulate() -> None:
         follow(scale)
         check_versions(weights, expected)
-        add_gradients(weights, groups, strengths, scale=scale, reduce=False, impl=impl)
+        alive = [i for i, w in enumerate(weights) if w.requires_grad]  # autograd leaves out what was frozen since
+        if alive:
+            targets, of_groups = [weights[i] for i in alive], [groups[i] for i in alive]
+            add_gradients(targets, of_groups, strengths, scale=scale, reduce=False, impl=impl)
 
     torch.autograd.Variable._execution_engine.queue_callback(accumulate)
 
@@ -202,20 +221,32 @@ def _stream_follower(device: torch.device) -> Callable[[Scale], None]:
     return follow
 
 
-def _gradients(ctx: Any, strengths: Strengths, scale: Scale) -> list[Tensor | None]:
+def _gradients(ctx: Any, weights: Sequence[Tensor], strengths: Strengths, scale: Scale) -> list[Tensor | None]:
     """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
-    grads, mode = ctx.gradients, Mode.RESCALE
-    if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
-        grads, mode = empty_gradients(ctx.weights), Mode.GRADIENT
-    ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
-    sweep(ctx.weights, ctx.call.groups, mode, strengths, scale=scale, grads=grads, reduce=False, impl=ctx.call.impl)
+    groups = ctx.call.groups
+    if any(_is_batched(factor) for factor in scale):
+        # Many upstream gradients at once, by torch.autograd.grad(is_grads_batched=True): only expressions can follow.
+        grads = [reference.gradient(w, *strengths.of_group(g, scale)) for w, g in zip(weights, groups, strict=True)]
+    else:
+        grads, mode = ctx.gradients, Mode.RESCALE
+        if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
+            grads, mode = empty_gradients(weights), Mode.GRADIENT
+        ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
+        sweep(weights, groups, mode, strengths, scale=scale, grads=grads, reduce=False, impl=ctx.call.impl)
     return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[3:], strict=True)]
 
 
-def _differentiable_backward(ctx: Any, strengths: Strengths, scale: Scale) -> tuple[Tensor | None, ...]:
+def _is_batched(factor: Strength) -> bool:
+    # By name: torch.autograd.grad still uses the older of two kinds of batching, whose key Python cannot name.
+    return isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor))
+
+
+def _differentiable_backward(
+    ctx: Any, weights: Sequence[Tensor], strengths: Strengths, scale: Scale
+) -> tuple[Tensor | None, ...]:
     """The backward pass as a graph of its own, for create_graph=True."""
-    terms = reference.penalty_terms(ctx.weights, ctx.call.groups, strengths)
-    inputs = [*strengths, *ctx.weights]
+    terms = reference.penalty_terms(weights, ctx.call.groups, strengths)
+    inputs: list[Any] = [*strengths, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
     upstream = [torch.as_tensor(factor).to(term) for factor, term in zip(scale, terms, strict=True)]
     found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
@@ -240,7 +271,10 @@ def _present_grad(weight: Tensor) -> Tensor:
     """`weight.grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
     grad = weight.grad
     if grad is None:
-        return torch.zeros_like(weight, requires_grad=False)
+        # The strides that autograd would give it (its layout contract, in accumulate_grad.h).
+        layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
+        # -0.0, to which anything added is itself, its sign of zero included.
+        return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
     if grad.layout != torch.strided:
         return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
     if grad.dtype != weight.dtype or grad.device != weight.device:

@@ -195,7 +195,7 @@ def test_both_ways_give_the_same_bits(path: Path, dtype: torch.dtype, l1: float,
     values = torch.randn(500).to(dtype) * torch.logspace(0, -7, 500, dtype=torch.float64).to(dtype)
 
     def bits(way: str, n_backward: int) -> Tensor:
-        scene = Scene(way, path, lambda device: [values.to(device).requires_grad_()])
+        scene = Scene(way, path, lambda device: [values.to(device, copy=True).requires_grad_()])
         for _ in range(n_backward):
             (upstream * scene.penalty(l1=l1, l2=1e-3)).backward()
         grad = scene.weights[0].grad
