@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastreg import reference
 from fastreg.plan import Mode
-from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths
-from fastreg.sweep import empty_gradients, is_dense, sweep
+from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure
+from fastreg.sweep import empty_gradients, is_dense, is_expanded, sweep
 
 
 class Call(NamedTuple):
@@ -90,6 +90,7 @@ def add_gradients(
 
     Raises:
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
+        ValueError: a .grad whose elements share memory, likewise.
     """
     grads = [_present_grad(w) for w in weights]
     found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
@@ -245,7 +246,8 @@ def _differentiable_backward(
     ctx: Any, weights: Sequence[Tensor], strengths: Strengths, scale: Scale
 ) -> tuple[Tensor | None, ...]:
     """The backward pass as a graph of its own, for create_graph=True."""
-    terms = reference.penalty_terms(weights, ctx.call.groups, strengths)
+    sums = reference.group_sums(weights, ctx.call.groups)
+    terms = measure(sums, strengths, sums.dtype)[1:3]
     inputs: list[Any] = [*strengths, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
     upstream = [torch.as_tensor(factor).to(term) for factor, term in zip(scale, terms, strict=True)]
@@ -275,11 +277,15 @@ def _present_grad(weight: Tensor) -> Tensor:
         layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
         # -0.0, to which anything added is itself, its sign of zero included.
         return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
-    if grad.layout != torch.strided:
-        return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
     if grad.dtype != weight.dtype or grad.device != weight.device:
         raise TypeError(
             f"a .grad is {grad.dtype} on {grad.device} but its weight of shape {tuple(weight.shape)} is {weight.dtype} "
             f"on {weight.device}; add the penalty to the loss instead, or convert the gradient"
+        )
+    if grad.layout != torch.strided:
+        return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
+    if is_expanded(grad):
+        raise ValueError(
+            f"a .grad of shape {tuple(grad.shape)} is expanded: its elements share memory; clone() the gradient"
         )
     return grad

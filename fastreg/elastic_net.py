@@ -175,14 +175,15 @@ class ElasticNet:
         self.last = _penalty(found)
 
     def _steps(self, learning_rates: dict[int, Strength]) -> list[Strength]:
-        selection = self._selection
-        for name, w in zip(selection.names, selection.weights, strict=True):
+        weights, _, _ = self._current()
+        for name, w in zip(self._selection.names, weights, strict=True):
             if id(w) not in learning_rates:
                 raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
-        return [learning_rates[id(w)] for w in selection.weights]
+        return [learning_rates[id(w)] for w in weights]
 
-    def _forget_attachment(self) -> None:
-        self._attachment = None
+    def _forget_attachment(self, attachment: Attachment) -> None:
+        if self._attachment is attachment:
+            self._attachment = None
 
     def _current(self) -> tuple[list[Tensor], list[int], Strengths]:
         """Weights, their groups, and the groups' strengths, as they are now."""

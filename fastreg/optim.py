@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from fastreg.strengths import UNSCALED, Scale, Strength
+from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype
 
 
 class Attachment:
@@ -16,7 +16,7 @@ class Attachment:
         optimizer: whose steps to hook.
         mode: "grad" calls `add_grad(scale)` before a step, "prox" calls `prox(step_of)` after it, where `step_of` maps
             the id of a parameter to its learning rate.
-        on_remove: called once, by `remove()`.
+        on_remove: called with this by `remove()`.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Attachment:
         *,
         add_grad: Callable[[Scale], None],
         prox: Callable[[dict[int, Strength]], None],
-        on_remove: Callable[[], None],
+        on_remove: Callable[["Attachment"], None],
     ) -> None:
         if mode not in ("grad", "prox"):
             raise ValueError(f'mode must be "grad" or "prox", got {mode!r}')
@@ -37,7 +37,7 @@ class Attachment:
         self._on_remove = on_remove
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(args) > 1 or kwargs.get("closure") is not None:
+            if any(arg is not None for arg in (*args[1:], kwargs.get("closure"))):
                 raise RuntimeError(
                     "optimizer.step(closure) computes the gradients anew after the penalty's was added; add the "
                     'penalty to the loss in the closure, or attach it with mode="prox"'
@@ -57,7 +57,7 @@ class Attachment:
     def remove(self) -> None:
         """Detaches the penalty: the optimizer steps without it from now on. Further calls do nothing."""
         self._hook.remove()
-        self._on_remove()
+        self._on_remove(self)
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[int, Strength]:
@@ -69,6 +69,6 @@ def _learning_rates(optimizer: Optimizer) -> dict[int, Strength]:
         if isinstance(lr, Tensor) and lr.device.type == "cpu":
             lr = lr.item()  # host memory: nothing to wait for
         if found_inf is not None:
-            lr = (found_inf == 0) * lr
+            lr = (found_inf == 0).to(accumulate_dtype(found_inf.device)) * lr
         rates.update((id(parameter), lr) for parameter in group["params"])
     return rates

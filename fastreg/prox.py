@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fastreg.plan import Mode
 from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure
-from fastreg.sweep import is_dense, sweep
+from fastreg.sweep import is_expanded, sweep
 
 
+@torch.no_grad()
 def shrink(
     names: Sequence[str],
     weights: Sequence[Tensor],
@@ -24,10 +25,13 @@ def shrink(
 
     Raises:
         ValueError: a weight whose elements share memory, before anything is written.
+        RuntimeError: an inference tensor outside inference mode, likewise.
     """
     for name, w in zip(names, weights, strict=True):
-        if not is_dense(w) and any(stride == 0 and size > 1 for stride, size in zip(w.stride(), w.shape, strict=True)):
+        if is_expanded(w):
             raise ValueError(f"parameter {name!r} is expanded: its elements share memory; pass the tensor it views")
+        if not torch.compiler.is_compiling() and w.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"parameter {name!r} was made in inference mode, and can be changed only there")
     device = weights[0].device
     distinct = {_key(step): step for step in steps}
     if len(distinct) == 1:

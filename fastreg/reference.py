@@ -13,17 +13,18 @@ from fastreg.plan import Block, Mode, Part
 from fastreg.strengths import Measure, Scale, Strength, Strengths, accumulate_dtype, measure
 
 
-def penalty_terms(weights: Sequence[Tensor], groups: Sequence[int], strengths: Strengths) -> tuple[Tensor, Tensor]:
-    """The two weighted terms in float64, as a graph that autograd and compilers see through."""
+def group_sums(weights: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
+    """Sums of |w| and w² of each strength group, float64 [n_groups, 2], that autograd and compilers see through."""
     device = weights[0].device
-    l1_term = l2_term = torch.zeros((), dtype=accumulate_dtype(device), device=device)
+    zero = torch.zeros((), dtype=accumulate_dtype(device), device=device)
+    sums = [[zero, zero] for _ in range(max(groups) + 1)]
     for w, group in zip(weights, groups, strict=True):
-        l1, l2 = strengths.of_group(group)
         wide = w.to(_compute_dtype(w.dtype))
-        l1_term = l1_term + (l1 * wide.abs().sum(dtype=accumulate_dtype(w.device))).to(device)
+        abs_sum = wide.abs().sum(dtype=accumulate_dtype(w.device))
         # Squared in float64, like everywhere: float32 overflows at 2e19.
-        l2_term = l2_term + (l2 * wide.to(accumulate_dtype(w.device)).square().sum()).to(device)
-    return l1_term, l2_term
+        square_sum = wide.to(accumulate_dtype(w.device)).square().sum()
+        sums[group] = [sums[group][0] + abs_sum.to(device), sums[group][1] + square_sum.to(device)]
+    return torch.stack([torch.stack(pair) for pair in sums])
 
 
 def gradient(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
@@ -52,10 +53,8 @@ def traced_sweep(
     """`sweep` over weights of any device and strides without blocks or scratch memory: a compiler fuses it anyway."""
     found = None
     if reduce:
-        l1_term, l2_term = penalty_terms(weights, groups, strengths)
         value_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-        total = (l1_term + l2_term).to(value_dtype)
-        found = Measure(total, l1_term.to(value_dtype), l2_term.to(value_dtype), total.new_empty(0))
+        found = measure(group_sums(weights, groups), strengths, value_dtype)
     for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
         l1, l2 = strengths.of_group(group, scale)
         if mode == Mode.ACCUMULATE and grads is not None:
@@ -147,10 +146,10 @@ class _Scratch:
 
     def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
         magnitude = torch.abs(w, out=self._result[: w.numel()])
-        # As a product with 1 or 0 a weight below the threshold would be 0 * NaN where the threshold is infinite.
-        kept = torch.gt(magnitude, l1).logical_or_(magnitude.isnan())
+        # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
+        dropped = torch.le(magnitude, l1)
         magnitude.sub_(l1).div_(1 + 2 * l2).mul_(torch.sign(w, out=self._second[: w.numel()]))
-        return magnitude.masked_fill_(kept.logical_not_(), 0.0)
+        return magnitude.masked_fill_(dropped, 0.0)
 
     def write(self, result: Tensor, pieces: list[Tensor], add: bool = False) -> None:
         """Rounds to the storage dtype, then stores or adds: autograd's order, so that its bits are ours."""

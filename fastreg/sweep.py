@@ -101,6 +101,13 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory along some dimension, so that writing them makes no sense."""
+    return not is_dense(tensor) and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
 def empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
     """Uninitialised gradients in the memory order of their weights: one allocation per device and dtype."""
     spans: dict[tuple[torch.device, torch.dtype], int] = {}

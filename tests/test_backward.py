@@ -202,7 +202,9 @@ def test_both_ways_give_the_same_bits(path: Path, dtype: torch.dtype, l1: float,
         assert grad is not None
         return grad.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
 
-    for n_backward in (1, 3):
+    # The interpreter's additions truncate in bfloat16, autograd's and a GPU's do not.
+    truncates = path == ("triton", "cpu") and dtype == torch.bfloat16
+    for n_backward in (1,) if truncates else (1, 3):
         assert torch.equal(bits("direct", n_backward), bits("ordinary", n_backward))
 
 

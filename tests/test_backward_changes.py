@@ -62,6 +62,16 @@ def test_weights_changed_before_backward(
     assert_same([w.grad for w in scene.weights], [w.grad for w in fresh.weights])
 
 
+def test_computed_weights_changed_before_backward(path: Path) -> None:
+    scene = Scene("direct", path)
+    doubled = [2 * w for w in scene.weights]
+    penalty = scene.penalty(doubled)
+    nudge(doubled[1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty.backward()
+    assert all(w.grad is None for w in scene.weights)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_changed_between_two_passes_over_one_graph(path: Path, way: str) -> None:
     scene = Scene(way, path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
 
 import fastreg
 from tests.ways import WAYS, Path, Scene, assert_same, grid, outcome
@@ -56,6 +57,14 @@ def of_one_term(scene: Scene) -> None:
     sum(gradient.float().sum() for gradient in gradients).backward()
 
 
+def of_computed_weights_saved_elsewhere(scene: Scene) -> None:
+    doubled = [2 * w for w in scene.weights]
+    with saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        penalty = scene.penalty(doubled)
+    gradients = torch.autograd.grad(penalty, scene.weights, create_graph=True)
+    sum(gradient.float().square().sum() for gradient in gradients).backward()
+
+
 def with_a_plain_pass_between(scene: Scene) -> None:
     penalty = scene.penalty()
     for create_graph in (True, False, True):
@@ -85,6 +94,7 @@ def accumulated_with_a_graph(scene: Scene) -> list[bool]:
         gradient_penalty,
         through_strengths_and_upstream,
         of_one_term,
+        of_computed_weights_saved_elsewhere,
         with_a_plain_pass_between,
         accumulated_with_a_graph,
     ],

@@ -1,0 +1,123 @@
+"""The life of an attachment: what it refuses, closures, removal, and what becomes of state and copies."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, SGD
+
+from fastreg import ElasticNet
+from tests.test_attach import L1, L2, MAKERS, MODES, attached, by_hand, loss_of, net, plain, train
+from tests.test_inplace import bits
+
+
+def test_a_closure_in_prox_mode() -> None:
+    model = net()
+    expected = by_hand("prox", model, plain(model.parameters()), steps=1)
+    other, optimizer, _ = attached("prox")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(other, 0)
+        loss.backward()
+        return loss
+
+    assert torch.equal(optimizer.step(closure), loss_of(net(), 0))
+    assert bits(*other.parameters()) == expected
+
+
+@pytest.mark.parametrize("args", [((lambda: 0.0,), {}), ((), {"closure": lambda: 0.0})], ids=["argument", "keyword"])
+def test_a_closure_in_grad_mode(args: Any) -> None:
+    model, optimizer, _ = attached("grad")
+    loss_of(model, 0).backward()
+    before = bits(*model.parameters(), *(p.grad for p in model.parameters()))
+    with pytest.raises(RuntimeError, match='add the penalty to the loss in the closure, or attach it with mode="prox"'):
+        optimizer.step(*args[0], **args[1])
+    assert bits(*model.parameters(), *(p.grad for p in model.parameters())) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_closure_said_aloud(mode: str) -> None:
+    _, optimizer, reg = attached(mode)
+    optimizer.step(closure=None)
+    optimizer.step(None)
+    assert reg.last is not None
+
+
+def test_what_cannot_be_attached() -> None:
+    model = net()
+    reg = ElasticNet(model, L1, L2)
+    partly = SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="LBFGS evaluates its closure's loss several times a step: add the penalty to"):
+        reg.attach(LBFGS(model.parameters()))
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Sequential"):
+        reg.attach(model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='mode must be "grad" or "prox", got \'l1\''):
+        reg.attach(partly, mode="l1")  # type: ignore[arg-type]
+    for mode in MODES:
+        with pytest.raises(ValueError, match=r"parameter '2\.weight' is not in the optimizer"):
+            reg.attach(partly, mode)  # type: ignore[arg-type]
+    before = bits(*model.parameters())
+    partly.step()
+    assert bits(*model.parameters()) == before
+    reg.attach(plain(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"attached already; call \.remove\(\) on its handle first"):
+        reg.attach(plain(model.parameters()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_removed_means_removed(mode: Any) -> None:
+    model, other = net(), net()
+    optimizer = plain(model.parameters())
+    reg = ElasticNet(model, L1, L2)
+    first = reg.attach(optimizer, mode)
+    first.remove()
+    first.remove()
+    assert train(model, optimizer) == train(other, plain(other.parameters()))
+    assert reg.last is None
+
+    reg.attach(optimizer, mode)
+    first.remove()  # does nothing, least of all to the second
+    train(model, optimizer)
+    assert reg.last is not None
+    with pytest.raises(RuntimeError, match="attached already"):
+        reg.attach(optimizer, mode)
+
+
+def test_attached_to_weights_that_were_replaced_before() -> None:
+    model = net()
+    reg = ElasticNet(model, L1, L2)
+    model.load_state_dict(net().state_dict(), assign=True)
+    optimizer = plain(model.parameters())
+    reg.attach(optimizer)
+    other = net()
+    assert train(model, optimizer) == by_hand("grad", other, plain(other.parameters()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_optimizers_state_is_its_own(mode: Any) -> None:
+    model, optimizer, _ = attached(mode, MAKERS["Adam"])
+    assert optimizer.state_dict() == MAKERS["Adam"](net().parameters()).state_dict()
+    train(model, optimizer)
+
+    other, resumed, _ = attached(mode, MAKERS["Adam"])
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert train(model, optimizer) == train(other, resumed)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("mode", MODES)
+def test_copies_of_model_and_optimizer_go_without_the_penalty(mode: str, duplicate: Callable[[Any], Any]) -> None:
+    model, optimizer, reg = attached(mode, MAKERS["Adam"])
+    twin, its_optimizer = duplicate((model, optimizer))
+    other = net()
+    without = train(twin, its_optimizer)
+    assert without == train(other, MAKERS["Adam"](other.parameters()))
+    assert reg.last is None
+    assert train(model, optimizer) != without

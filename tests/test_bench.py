@@ -1,0 +1,232 @@
+"""The benchmarks' own arithmetic: what is counted, what is refused, what is shown."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench import ledger, report, results
+from bench.check import Truth, check, zero_grads
+from bench.counting import count, multi_tensor_launches
+from bench.harness import LEAST_ROUNDS, Harness, bandwidth, quantiles, ratios
+from bench.models import MODELS, SHAPES, from_shapes
+from bench.peers import PEERS, methods, prepare
+from bench.profiling import launches, peak_extra_bytes
+from bench.strengths import L1, L2
+
+CPU = torch.device("cpu")
+# The table of the design: passes over the weights, and launches, for one dtype on one device.
+FASTREG = {"value": (1, 2), "backward": (4, 4), "add_grad": (3, 2), "prox": (2, 1)}
+
+
+def small_model(device: str = "cpu") -> list[nn.Parameter]:
+    return from_shapes([[300, 200], [200], [50, 300], [50]], torch.float32, device)
+
+
+def passes(operations: list[Any], weights: list[nn.Parameter]) -> float:
+    return sum(o.read + o.written for o in operations) / sum(w.numel() * w.element_size() for w in weights)
+
+
+def test_cat_reads_and_writes_the_model_once() -> None:
+    weights = small_model("meta")
+    (operation,) = count(lambda: torch.cat([w.detach().view(-1) for w in weights]))
+    n_bytes = 4 * sum(w.numel() for w in weights)
+    assert operation == ("cat", 1, n_bytes, n_bytes)
+
+
+def test_in_place_operands_count_twice_views_and_expansions_not_at_all() -> None:
+    a, b = torch.zeros(10, 10), torch.ones(10)
+    operations = count(lambda: a.t().add_(b.expand(10, 10)))
+    assert operations == [("add_", 1, 400 + 40, 400)]
+    assert count(lambda: a.copy_(a.clone())) == [("clone", 1, 400, 400), ("copy_", 1, 400, 400)]
+    assert count(lambda: a.zero_()) == [("zero_", 1, 0, 400)]
+    assert count(lambda: torch._foreach_add_([a, a], [a, a])) == [("_foreach_add_", 1, 1600, 800)]
+
+
+def test_multi_tensor_launches_follow_the_limits() -> None:
+    small, large = torch.empty(10, device="meta"), torch.empty(65536 * 321, device="meta")
+    assert multi_tensor_launches([small] * 110, 1) == 1
+    assert multi_tensor_launches([small] * 111, 1) == 2
+    assert multi_tensor_launches([small] * 65, 2) == 2
+    assert multi_tensor_launches([large], 1) == 2
+
+
+@pytest.mark.parametrize(("method", "expected"), [("torch.cat", 24.0), ("foreach", 14.0)])
+def test_rivals_backward_moves_what_theory_says(method: str, expected: float) -> None:
+    weights = small_model("meta")
+    assert ledger.row("small", "backward", method, weights).passes == pytest.approx(expected, rel=2e-3)
+
+
+def test_counts_do_not_depend_on_whether_there_is_data() -> None:
+    rows = [[ledger.row("small", "backward", m, small_model(device)) for m in PEERS] for device in ("cpu", "meta")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("task", FASTREG)
+def test_fastreg_is_what_the_design_says(task: str) -> None:
+    weights = from_shapes([[1000, 1000]] * 20, torch.bfloat16, "meta")
+    found = ledger.row("large", task, "fastreg", weights)
+    expected_passes, expected_launches = FASTREG[task]
+    assert found.passes == pytest.approx(expected_passes, rel=0.02)  # the tables are the rest
+    assert found.launches == expected_launches
+
+
+def test_prediction_is_bounded_by_bandwidth_and_by_launches() -> None:
+    found = ledger.row("small", "add_grad", "foreach", small_model("meta"))
+    moved = found.read + found.written
+    assert found.seconds(1e9, 0.0) == pytest.approx(moved / 1e9)
+    assert found.seconds(1e30, 1e-6) == pytest.approx(found.launches * 1e-6)
+
+
+def test_ledger_prints_prediction_beside_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {"device": "Imaginary GPU", "device_type": "cuda"}
+    case = {"status": "measured", "dtype": "float32", "question": "value", "task": "value"}
+    case |= {"label": "mnist_mlp", "method": "fastreg", "seconds": {"p50": 0.25}}
+    results.write(tmp_path / "made-up.json", environment, [case])
+    given = ["--models", "mnist_mlp", "--bandwidth", "1000", "--launch-us", "5", "--results", str(tmp_path)]
+    ledger.main(given)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| predicted, µs | measured, µs |")
+    assert lines[2].endswith("| 10 | 250,000 |")
+    assert lines[3].endswith("| not measured yet |")
+    assert lines[-1] == "Measured on Imaginary GPU."
+
+
+@pytest.mark.parametrize("task", FASTREG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eager_peers_pass_their_check(task: str, dtype: torch.dtype) -> None:
+    weights = from_shapes([[300, 200], [50, 300]], dtype, "cpu")
+    before = [w.detach().clone() for w in weights]
+    for method in methods(task):
+        if method in PEERS:
+            found = check(task, prepare(method, weights, L1, L2)[task], Truth(weights))
+            assert found.reason is None, (method, found)
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("task", FASTREG)
+@pytest.mark.parametrize("strengths", [(L1, 0.0), (0.0, L2), (L1, 1.2 * L2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_peer_with_a_wrong_term_is_refused(task: str, strengths: tuple[float, float], dtype: torch.dtype) -> None:
+    weights = from_shapes([[300, 200], [200]], dtype, "cpu")
+    found = check(task, prepare("fastreg", weights, *strengths)[task], Truth(weights))
+    assert found.reason is not None
+    assert "allowed" in found.reason
+
+
+def test_a_peer_that_forgets_a_tensor_overflows_or_raises_is_refused() -> None:
+    weights = from_shapes([[3000, 200], [200]], torch.float16, "cpu")
+    truth = Truth(weights)
+    zero_grads(weights)
+    assert check("backward", prepare("fastreg", weights[:1], L1, L2)["backward"], truth).reason is not None
+    assert "inf" in (check("value", lambda: torch.tensor(math.inf), truth).reason or "")
+    assert "nan" not in str(check("value", lambda: torch.tensor(math.nan), truth).errors)
+    assert check("value", lambda: 1 / 0, truth).reason == "raised ZeroDivisionError: division by zero"
+
+
+def test_quantiles_and_ratios() -> None:
+    assert quantiles([5.0, 1.0, 2.0, 4.0, 3.0]) == pytest.approx((1.8, 3.0, 4.2))
+    assert quantiles([7.0]) == (7.0, 7.0, 7.0)
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert bandwidth("prox", 100, 2.0, 200.0) == {"bytes": 200, "bytes_per_second": 100.0, "share_of_copy": 0.5}
+
+
+class FakeBenchmark:
+    """pytest-benchmark's fixture, as far as the harness uses it; round i takes i + 1 seconds."""
+
+    def pedantic(self, call: Any, setup: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            call()
+        self.stats = self
+        self.data = [float(i + 1) for i in range(rounds)]
+
+
+def test_every_round_follows_a_round_of_the_reference() -> None:
+    harness = Harness(CPU, torch.float32, budget=0.0, rounds=4)
+    calls: list[str] = []
+    call, reference = (lambda: calls.append("call")), (lambda: calls.append("reference"))
+    found = harness.measure(FakeBenchmark(), call, reference, before=lambda: calls.append("before"))
+    assert calls == ["call", *["before", "reference", "call"] * 4]
+    assert found["rounds"] == 4
+    assert found["seconds"]["p50"] == 2.5
+    harness.rounds, harness.budget = None, 1e9
+    assert LEAST_ROUNDS <= harness.measure(FakeBenchmark(), call, reference)["rounds"] <= 200
+
+
+def test_floor_adds_in_place_and_copy_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.harness.COPY_ELEMENTS", {"cpu": 1000})
+    harness = Harness(CPU, torch.float32, budget=0.0, rounds=1)
+    assert count(harness.floor(10)) == [("add_", 1, 80, 40)]
+    assert harness.floor(10) is harness.floor(10)
+    assert harness.copy_bandwidth() > 0
+
+
+def test_costs_of_a_call() -> None:
+    a = torch.ones(1000)
+    assert launches(lambda: a.abs().sum(), CPU) == 2
+    assert peak_extra_bytes(lambda: a.abs().square().sum(), CPU) == pytest.approx(8000, abs=200)
+    assert peak_extra_bytes(lambda: a.add_(1), CPU) < 200
+
+
+def test_shapes_are_those_of_the_models() -> None:
+    assert set(MODELS) == set(SHAPES)
+    sizes = {model: sum(math.prod(shape) for _, shape in SHAPES[model]) for model in MODELS}
+    assert list(sizes.values()) == sorted(sizes.values())
+
+
+def made_up_results(device_type: str) -> tuple[dict[str, Any], list[results.Case]]:
+    """A results file in which nothing was measured."""
+    environment = {"device": f"Imaginary {device_type}", "device_type": device_type, "threads": 3, "torch": "9.9"}
+    environment |= {"commit": "0123456789ab", "dirty": False}
+    cases: list[results.Case] = []
+    factors = {"fastreg": 1.5, "torch.cat": 30.0, "loop": 12.0, "foreach": 6.0}
+    for question, label in [(t, "mnist_mlp") for t in FASTREG] + [
+        ("size", "1000"),
+        ("size", "1000000"),
+        ("step", "mlp"),
+    ]:
+        task = "backward" if question == "size" else question
+        for method, factor in factors.items():
+            times = {"p20": factor * 1e-3, "p50": factor * 1e-3, "p80": factor * 2e-3}
+            case = {"question": question, "task": task, "label": label, "method": method, "dtype": "float32"}
+            case |= {"n_weights": 1000, "n_tensors": 1, "errors": {"value": 1e-7}, "status": "measured", "rounds": 5}
+            case |= {"seconds": times, "ratio": {"p50": factor}, "launches": 2, "peak_extra_bytes": 10}
+            case |= {"bytes_per_second": 1e9, "share_of_copy": 0.5, "copy_bytes_per_second": 2e9}
+            cases.append({**case, "host_seconds": 1e-5 if device_type == "cuda" else None})
+    failed = {"question": "value", "task": "value", "label": "gpt2", "method": "torch.cat", "dtype": "float32"}
+    cases.append({**failed, "status": "failed", "reason": "value off by inf (relative)", "errors": {"value": "inf"}})
+    return environment, cases
+
+
+def test_report_renders(tmp_path: Path) -> None:
+    results.write(tmp_path / "in" / "made-up.json", *made_up_results("cpu"))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    report.main(["--results", str(tmp_path / "in"), "--docs", str(tmp_path / "docs"), "--readme", str(readme)])
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "Imaginary cpu, 3 threads; PyTorch 9.9; commit 0123456789ab." in text
+    assert "| mnist_mlp | 1.50 | 30.00 | 12.00 | 6.00 |" in text
+    assert "- torch.cat, value, gpt2: value off by inf (relative)" in text
+    assert "| llama3.2_1b | not measured yet |" in text  # there is no GPU in this file
+    for name in (line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")):
+        assert (tmp_path / "docs" / name).stat().st_size > 1000
+        assert (tmp_path / "docs" / name).with_suffix(".png").exists()
+    shown = readme.read_text()
+    assert shown.startswith("before\n")
+    assert shown.endswith("after\n")
+    assert "old" not in shown
+    assert "| mnist_mlp | 20.0x | 8.0x | 4.0x |" in shown
+
+
+def test_readme_without_markers_stays_as_it_is() -> None:
+    assert report.with_block("text", "block") == "text"
+
+
+def test_results_path_names_device_and_dtype(tmp_path: Path) -> None:
+    environment = {"device": "Some(R) CPU @ 2GHz"}
+    assert results.path_for(tmp_path, environment, "float32") == tmp_path / "some-cpu-2ghz-float32.json"
+    assert results.path_for(tmp_path / "x.json", environment, "float32") == tmp_path / "x.json"

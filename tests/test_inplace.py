@@ -1,0 +1,320 @@
+"""The calls that write in place, add_grad_ and prox_, and sparsity: what they write and what they leave alone."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastreg
+from fastreg.plan import BLOCK
+from tests import oracle
+from tests.cases import CASES, DTYPES, L1, L2, leaf
+from tests.conftest import INTERPRETED
+from tests.test_penalty import assert_gradient, assert_value, mixed_model
+from tests.test_properties import EXAMPLES, strengths, weights
+
+Path = tuple[str, str]
+
+LR = 0.5
+NAN, INF = float("nan"), float("inf")
+
+
+def bits(*tensors: Tensor | None) -> list[bytes | None]:
+    """What two tensors share only if they agree in every bit, the sign of zero included."""
+    dense = [None if t is None else t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in tensors]
+    return [None if t is None else t.view(-1).view(torch.uint8).numpy().tobytes() for t in dense]
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """The whole allocation that `tensor` lies in."""
+    return tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def neighbours(tensor: Tensor) -> Tensor:
+    """What lies in the same allocation as `tensor` but is none of its elements."""
+    outside = torch.ones_like(memory(tensor), dtype=torch.bool)
+    outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
+    return memory(tensor)[outside]
+
+
+def make(case: str, dtype: torch.dtype, path: Path) -> Tensor:
+    w = CASES[case](dtype, path[1])
+    if path == ("triton", "cpu") and dtype == torch.bfloat16 and case == "special_values":
+        w[w.abs() < torch.finfo(dtype).tiny] = 0.0  # the interpreter reads bfloat16 subnormals as zero; a GPU does not
+    return leaf(w)
+
+
+def slack(path: Path, dtype: torch.dtype) -> float:
+    """One unit where the interpreter truncates float32 -> bfloat16 stores instead of rounding them."""
+    return 1.0 if path == ("triton", "cpu") and dtype == torch.bfloat16 else 0.0
+
+
+def prox_ulps(path: Path, dtype: torch.dtype) -> float:
+    """A difference, a divisor and a quotient, each rounded by at most a unit of the result; narrow dtypes hide that."""
+    division = 2.0 if path == ("triton", "cuda") and dtype == torch.float32 else 0.0  # what PTX says of div.full.f32
+    return (3.0 if dtype in (torch.float64, torch.float32) else 1.0) + division + slack(path, dtype)
+
+
+def _among_nan(w: Tensor) -> Tensor:
+    start = 16 // w.element_size() + 1  # off every boundary that a vector store needs
+    buffer = torch.full((start + w.numel() + 40,), NAN, dtype=w.dtype, device=w.device)
+    return buffer[start : start + w.numel()].view(w.shape).copy_(torch.randn(w.shape))
+
+
+GRADS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "none": lambda w: None,
+    "like the weight": lambda w: torch.randn_like(w).copy_(torch.randn(w.shape)),
+    "other strides": lambda w: torch.randn(*w.shape, 2).to(w)[..., 0],
+    "among NaN": _among_nan,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("present", GRADS)
+def test_add_grad_adds_what_autograd_would(path: Path, present: str, case: str, dtype: torch.dtype) -> None:
+    w = make(case, dtype, path)
+    w.grad = before = GRADS[present](w)
+    (gradient,) = torch.autograd.grad(fastreg.elastic_penalty(w, L1, L2, impl=path[0]), w)
+    expected = gradient + (0.0 if before is None else before)
+    around, unchanged = None if before is None else bits(neighbours(before)), bits(memory(w))
+
+    found = fastreg.add_elastic_grad_(w, L1, L2, impl=path[0])
+
+    for actual, exact in zip(found, oracle.penalty([w], L1, L2), strict=True):
+        assert_value(actual, exact, path, dtype)
+        assert not actual.requires_grad
+    assert bits(memory(w)) == unchanged
+    assert w.grad is not None
+    if before is None:
+        assert_gradient(w, L1, L2, path)
+    else:
+        assert w.grad is before
+        assert bits(neighbours(before)) == around
+    if slack(path, dtype):
+        assert oracle.ulp_distance(w.grad, oracle.array(expected)) <= 1
+    else:
+        assert bits(w.grad) == bits(expected)
+
+
+@pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["float", "tensor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "expanded"])
+def test_prox(path: Path, case: str, dtype: torch.dtype, lr: float | Tensor) -> None:
+    w = make(case, dtype, path)
+    w.grad = torch.full_like(w, NAN)
+    expected = oracle.prox(w, L1, L2, LR)
+    around, stride = bits(neighbours(w)), w.stride()
+
+    fastreg.elastic_prox_(w, L1, L2, lr=lr.to(path[1]) if isinstance(lr, Tensor) else lr, impl=path[0])
+
+    assert oracle.ulp_distance(w.detach(), expected) <= prox_ulps(path, dtype)
+    zeros = w.detach()[torch.from_numpy(np.asarray(expected == 0.0)).to(w.device)]
+    assert bits(zeros) == bits(torch.zeros_like(zeros))
+    assert bits(neighbours(w)) == around
+    assert w.stride() == stride
+    assert torch.isnan(w.grad).all()
+
+
+def test_in_place_on_a_model_of_everything(path: Path) -> None:
+    model = mixed_model(path[1])
+    used = [p for p in model.parameters() if p.requires_grad]
+    for p in used[::2]:
+        p.grad = torch.ones_like(p)
+    frozen = bits(*model.frozen.parameters())
+    before = oracle.penalty(used, L1, L2)
+    added = [oracle.gradient(p, L1, L2) for p in used]
+    shrunk = [oracle.prox(p, L1, L2, LR) for p in used]
+    reg = fastreg.ElasticNet(model, L1, L2, impl=path[0])
+
+    found = reg.add_grad_()
+
+    for actual, exact in zip(found, before, strict=True):
+        assert_value(actual, exact, path, torch.float64)
+        assert actual.device == used[0].device
+    for i, (p, gradient) in enumerate(zip(used, added, strict=True)):
+        assert p.grad is not None
+        rounded = torch.from_numpy(np.asarray(gradient)).to(p.dtype).to(torch.float64).numpy()
+        # Rounded before it is added: at most one unit of the gradient itself and half a unit of the sum.
+        spacing = np.exp2(np.floor(np.log2(np.maximum(np.abs(rounded), 1.0)))) * oracle.FINFO[p.dtype].eps
+        error = np.abs(oracle.array(p.grad) - rounded - (i % 2 == 0))
+        assert (error <= (2 + slack(path, p.dtype)) * spacing).all()
+    reg.prox_(LR)
+    for p, exact in zip(used, shrunk, strict=True):
+        assert oracle.ulp_distance(p.detach(), exact) <= prox_ulps(path, p.dtype)
+    assert all(p.grad is None for p in model.frozen.parameters())
+    assert bits(*model.frozen.parameters()) == frozen
+
+
+def test_a_sparse_grad_becomes_dense(path: Path) -> None:
+    table = nn.Embedding(50, 7, sparse=True, device=path[1])
+    table(torch.tensor([3, 3, 49], device=path[1])).sum().backward()
+    assert table.weight.grad is not None
+    expected = table.weight.grad.to_dense()
+    (gradient,) = torch.autograd.grad(fastreg.elastic_penalty(table, L1, L2, impl=path[0]), table.weight)
+
+    fastreg.add_elastic_grad_(table, L1, L2, impl=path[0])
+
+    assert bits(table.weight.grad) == bits(expected + gradient)
+
+
+@pytest.mark.parametrize("kind", ["floats", "tensors", "mixed"])
+def test_groups_with_strengths_of_their_own(path: Path, kind: str) -> None:
+    impl, device = path
+    own = [(0.3, 0.0), (0.0, 0.7), (0.25, 0.125), (0.5, 0.25)]
+
+    def strength(value: float, index: int) -> float | Tensor:
+        if kind == "floats" or (kind == "mixed" and index % 2):
+            return value
+        return torch.tensor(value, dtype=torch.float64, device=device, requires_grad=True)
+
+    tensors = [leaf(torch.randn(BLOCK + 1, device=device).to(dtype)) for dtype in DTYPES]
+    groups = [
+        {"params": [w], "l1": strength(l1, i), "l2": strength(l2, i)}
+        for i, (w, (l1, l2)) in enumerate(zip(tensors[:3], own[:3], strict=True))
+    ]
+    reg = fastreg.ElasticNet([*groups, {"params": tensors[3]}], *(strength(v, 0) for v in own[3]), impl=impl)
+    expected = np.sum([oracle.penalty([w], *pair) for w, pair in zip(tensors, own, strict=True)], axis=0)
+    shrunk = [oracle.prox(w, l1, l2, LR) for w, (l1, l2) in zip(tensors, own, strict=True)]
+
+    found = reg.add_grad_()
+
+    for actual, exact in zip(found, expected, strict=True):
+        assert_value(actual, exact, path, torch.float64)
+        assert not actual.requires_grad
+    for w, (l1, l2) in zip(tensors, own, strict=True):
+        assert_gradient(w, l1, l2, path)
+    reg.prox_(LR)
+    for w, exact in zip(tensors, shrunk, strict=True):
+        assert oracle.ulp_distance(w.detach(), exact) <= prox_ulps(path, w.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(path: Path, dtype: torch.dtype) -> None:
+    impl, device = path
+    w = leaf(torch.tensor([NAN, INF, -INF, 0.0, -0.0, 0.25, -0.25, 0.75, -0.75], device=device).to(dtype))
+
+    found = fastreg.add_elastic_grad_(w, 0.5, 1.0, impl=impl)
+    assert all(torch.isnan(term) for term in found)
+    assert w.grad is not None
+    np.testing.assert_array_equal(oracle.array(w.grad), [NAN, INF, -INF, 0.0, 0.0, 1.0, -1.0, 2.0, -2.0])
+
+    # The threshold lies exactly at 0.25, the divisor is 2.
+    fastreg.elastic_prox_(w, 0.5, 1.0, lr=0.5, impl=impl)
+    np.testing.assert_array_equal(oracle.array(w), [NAN, INF, -INF, 0.0, 0.0, 0.0, 0.0, 0.25, -0.25])
+    assert bits(w.detach()[3:7]) == bits(torch.zeros(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["floats", "tensors"])
+@pytest.mark.parametrize(
+    ("l1", "l2", "lr"),
+    [
+        (1e300, 0.0, 1.0),
+        (1e300, 0.0, 1e300),
+        (0.0, 1e300, 1.0),
+        (1e300, 1e300, 1e300),
+        (1e38, 1e38, 1e3),
+        (3e38, 0.0, 1),
+    ],
+)
+def test_prox_never_makes_a_nan(
+    path: Path, l1: float, l2: float, lr: float, as_tensor: bool, dtype: torch.dtype
+) -> None:
+    impl, device = path
+    top = torch.finfo(dtype).max if dtype != torch.float64 else 1e30  # beyond the threshold a weight stays
+    values = [0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).tiny, top / 2**6, -top / 2**6, NAN]
+    w = torch.tensor(values, dtype=torch.float64, device=device).to(dtype)
+    arguments = [torch.tensor(v, dtype=torch.float64, device=device) if as_tensor else v for v in (l1, l2, lr)]
+
+    fastreg.elastic_prox_(w, *arguments[:2], lr=arguments[2], impl=impl)
+
+    assert torch.isnan(w[-1])
+    # What an immense divisor leaves of a weight underflows in any dtype but float64.
+    limit = 1e-260 if dtype == torch.float64 else 0.0
+    assert (w[:-1].abs() <= limit).all(), w
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_a_step_of_zero_changes_nothing(path: Path, lr: float | Tensor, dtype: torch.dtype) -> None:
+    impl, device = path
+    w = make("special_values", dtype, path).detach()
+    # All but -0.0, which any step makes 0.0.
+    w = torch.cat([w[w != 0], torch.randn(BLOCK, device=device).to(dtype), torch.tensor([0.0, INF, -INF]).to(w)])
+    before = bits(w)
+    fastreg.elastic_prox_(w, 1e30, 1e30, lr=lr.to(device) if isinstance(lr, Tensor) else lr, impl=impl)
+    assert bits(w) == before
+
+
+def test_a_nan_strength_or_step_shows(path: Path) -> None:
+    impl, device = path
+    # Only a float is checked: a tensor would have to be waited for.
+    nan = torch.tensor(NAN, device=device)
+    for l1, l2, lr in [(nan, 0.0, 0.5), (0.5, nan, 0.5), (0.5, 0.0, nan)]:
+        w = torch.tensor([3.0, -2.0], device=device)
+        fastreg.elastic_prox_(w, l1, l2, lr=lr, impl=impl)
+        assert torch.isnan(w).all()
+
+
+def test_inside_inference_mode(path: Path) -> None:
+    impl, device = path
+    p = nn.Parameter(torch.tensor([3.0, -0.25], device=device))
+    with torch.inference_mode():
+        plain = torch.tensor([3.0, -0.25], device=device)
+        for w in (p, plain):
+            fastreg.elastic_prox_(w, 1.0, lr=LR, impl=impl)
+            assert w.tolist() == [2.5, 0.0]
+        assert fastreg.add_elastic_grad_(p, 1.0, impl=impl).total == 2.5
+    assert p.grad is not None
+    assert p.grad.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sparsity_counts_zeros(device: str) -> None:
+    net = nn.Module()
+    net.a = nn.Parameter(torch.tensor([0.0, -0.0, 1e-45, NAN, INF], device=device))
+    net.b = nn.Parameter(torch.tensor([[0.0, 6e-8], [0.0, 1.0]], dtype=torch.float16, device=device).t())
+    net.c = nn.Parameter(torch.tensor([[0.0, 1e-300, 2.0]], dtype=torch.float64, device=device))
+    net.tied, net.empty = net.a, nn.Parameter(torch.empty(0, 3, device=device))
+    net.frozen = nn.Parameter(torch.zeros(100, device=device), requires_grad=False)
+    for keywords, expected in [
+        ({}, 5 / 12),
+        ({"exclude": fastreg.bias_and_norm}, 3 / 7),
+        ({"include": "^[ab]$", "exclude": "b"}, 2 / 5),
+    ]:
+        found = fastreg.sparsity(net, **keywords)
+        assert found.dtype == torch.float32
+        assert found.device.type == device
+        assert not found.requires_grad
+        assert float(found) == float(np.float32(expected))
+
+
+def test_sparsity_of_nothing() -> None:
+    for params, message in [([], "params holds no tensors"), (torch.empty(0, 3), "parameters have no elements")]:
+        with pytest.raises(ValueError, match=f"nothing selected: .*{message}"):
+            fastreg.sparsity(params)
+
+
+@settings(EXAMPLES, max_examples=30 if INTERPRETED else 100)
+@given(tensors=st.lists(weights(), min_size=1, max_size=4), l1=strengths, l2=strengths, lr=st.floats(0.0, 16.0))
+def test_any_weights(path: Path, tensors: list[Tensor], l1: float, l2: float, lr: float) -> None:
+    impl, device = path
+    leaves = [leaf((t if all(t.stride()) else t.clone()).to(device)) for t in tensors]
+    shrunk = [oracle.prox(w, l1, l2, lr) for w in leaves]
+    gradients = torch.autograd.grad(fastreg.elastic_penalty(leaves, l1, l2, impl=impl), leaves)
+    reg = fastreg.ElasticNet(leaves, l1, l2, impl=impl)
+
+    for w in leaves:
+        w.grad = torch.ones_like(w)
+    reg.add_grad_()
+    for w, gradient in zip(leaves, gradients, strict=True):
+        assert w.grad is not None
+        assert oracle.ulp_distance(w.grad, oracle.array(gradient + 1)) <= slack(path, w.dtype)
+    reg.prox_(lr)
+    for w, exact in zip(leaves, shrunk, strict=True):
+        assert oracle.ulp_distance(w.detach(), exact) <= prox_ulps(path, w.dtype)
