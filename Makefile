@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-gpu bench lint types wheel clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-gpu bench report lint types wheel clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,8 +29,11 @@ test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
 test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
 
-bench: $(STAMP)
-	$(RUN) -m pytest bench --benchmark-only
+bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models gpt2" to choose
+	$(RUN) -m pytest bench --benchmark-only --benchmark-quiet --results bench/results/ $(BENCH)
+
+report: $(STAMP)  ## docs/benchmarks.md and its figures from bench/results/
+	$(RUN) -m bench.report
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

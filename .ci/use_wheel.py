@@ -18,7 +18,7 @@ if not (resources.files("fastreg") / "py.typed").is_file():
 if metadata.version("fastreg") != fastreg.__version__:
     raise SystemExit("the metadata and fastreg.__version__ disagree")
 if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
-    import fastreg.kernels  # noqa: F401
+    import fastreg.kernels
 
 model = torch.nn.Linear(3, 2)
 penalty = fastreg.elastic_penalty(model, l1=1.0)

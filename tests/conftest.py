@@ -36,7 +36,7 @@ def _seed() -> None:
         pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
         pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
         pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
-    ]
+    ],
 )
 def path(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(impl, device): every test that takes it runs once in each lane."""

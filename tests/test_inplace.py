@@ -80,7 +80,7 @@ def test_add_grad_adds_what_autograd_would(path: Path, present: str, case: str, 
     w = make(case, dtype, path)
     w.grad = before = GRADS[present](w)
     (gradient,) = torch.autograd.grad(fastreg.elastic_penalty(w, L1, L2, impl=path[0]), w)
-    expected = gradient + (0.0 if before is None else before)
+    expected = gradient if before is None else before + gradient
     around, unchanged = None if before is None else bits(neighbours(before)), bits(memory(w))
 
     found = fastreg.add_elastic_grad_(w, L1, L2, impl=path[0])

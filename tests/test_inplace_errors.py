@@ -37,6 +37,12 @@ def inference_tensors() -> Named:
         return [("good", torch.ones(2)), ("bad", torch.ones(3))]
 
 
+def inference_grad() -> Named:
+    with torch.inference_mode():
+        grad = torch.ones(4, 2)
+    return pair(None, grad)()
+
+
 def integers() -> Named:
     return [("good", torch.ones(2)), ("bad", torch.ones(3, dtype=torch.int32))]
 
@@ -73,6 +79,7 @@ ADD_ERRORS: list[Error] = [
         TypeError,
         "a .grad is torch.float64 on cpu",
     ),
+    ("inference .grad", inference_grad, {}, RuntimeError, "nference"),
     ("expanded .grad", pair(None, torch.ones(1, 2).expand(4, 2)), {}, ValueError, "share memory"),
     ("integers", integers, {}, TypeError, "parameter 'bad' has dtype torch.int32"),
     ("negative l2", pair(), {"l2": -1.0}, ValueError, "l2 must be finite and at least 0, got -1.0"),
