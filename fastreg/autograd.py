@@ -15,7 +15,7 @@ from torch import Tensor
 from fastreg import reference
 from fastreg.plan import Mode
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure
-from fastreg.sweep import empty_gradients, is_dense, is_expanded, sweep
+from fastreg.sweep import check_writable, empty_gradients, is_dense, sweep
 
 
 class Call(NamedTuple):
@@ -90,7 +90,7 @@ def add_gradients(
 
     Raises:
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
-        ValueError: a .grad whose elements share memory, likewise.
+        ValueError, RuntimeError: a .grad that cannot be changed in place, likewise.
     """
     grads = [_present_grad(w) for w in weights]
     found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
@@ -284,8 +284,5 @@ def _present_grad(weight: Tensor) -> Tensor:
         )
     if grad.layout != torch.strided:
         return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
-    if is_expanded(grad):
-        raise ValueError(
-            f"a .grad of shape {tuple(grad.shape)} is expanded: its elements share memory; clone() the gradient"
-        )
+    check_writable(grad, f"a .grad of shape {tuple(grad.shape)}")
     return grad

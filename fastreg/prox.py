@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastreg.plan import Mode
 from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure
-from fastreg.sweep import is_expanded, sweep
+from fastreg.sweep import check_writable, sweep
 
 
 @torch.no_grad()
@@ -28,10 +28,7 @@ def shrink(
         RuntimeError: an inference tensor outside inference mode, likewise.
     """
     for name, w in zip(names, weights, strict=True):
-        if is_expanded(w):
-            raise ValueError(f"parameter {name!r} is expanded: its elements share memory; pass the tensor it views")
-        if not torch.compiler.is_compiling() and w.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(f"parameter {name!r} was made in inference mode, and can be changed only there")
+        check_writable(w, f"parameter {name!r}")
     device = weights[0].device
     distinct = {_key(step): step for step in steps}
     if len(distinct) == 1:

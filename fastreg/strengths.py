@@ -106,15 +106,21 @@ def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> S
             )
     if len(per_group) == 1:
         return per_group[0]
+    # A compiler records how a constant is made, and does not look into caches.
+    constant = _new_constant if torch.compiler.is_compiling() else _constant
     floats = [s for s in per_group if not isinstance(s, Tensor)]
     if len(floats) == len(per_group):
-        return floats[0] if len(set(floats)) == 1 else _constant(tuple(floats), device)
+        return floats[0] if len(set(floats)) == 1 else constant(tuple(floats), device)
     dtype = accumulate_dtype(device)
-    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else _constant((s,), device)[0] for s in per_group])
+    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in per_group])
+
+
+def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(values, dtype=accumulate_dtype(device)), device)
 
 
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Copied to the device once for each set of values, not at every call."""
     with torch.inference_mode(False):
-        return to_device(torch.tensor(values, dtype=accumulate_dtype(device)), device)
+        return _new_constant(values, device)

@@ -101,11 +101,19 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory along some dimension, so that writing them makes no sense."""
-    return not is_dense(tensor) and any(
+def check_writable(tensor: Tensor, what: str) -> None:
+    """Raises before anything is written where `tensor`, called `what`, cannot be changed in place.
+
+    Raises:
+        ValueError: elements that share memory.
+        RuntimeError: an inference tensor outside inference mode.
+    """
+    if not is_dense(tensor) and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+    ):
+        raise ValueError(f"{what} is expanded: its elements share memory; pass the tensor it views, or a clone()")
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} was made in inference mode, and can be changed only there")
 
 
 def empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
