@@ -34,11 +34,10 @@ class Mode(enum.IntEnum):
 
 
 class Piece(NamedTuple):
-    """Elements `start:stop`, in storage order, of the weight at `position`."""
+    """Elements `start:stop`, in storage order, of the weight at `position`; None for all of it."""
 
     position: int
-    start: int
-    stop: int
+    bounds: tuple[int, int] | None
 
 
 class Block(NamedTuple):
@@ -46,6 +45,7 @@ class Block(NamedTuple):
 
     group: int
     pieces: tuple[Piece, ...]
+    sizes: tuple[int, ...]
 
 
 class Tables(NamedTuple):
@@ -74,22 +74,26 @@ class Part:
         size = CPU_BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
         blocks: list[Block] = []
         pieces: list[Piece] = []
-        room = size
+        sizes: list[int] = []
         group = 0
+
+        def close() -> None:
+            if pieces:
+                blocks.append(Block(group, tuple(pieces), tuple(sizes)))
+            pieces.clear()
+            sizes.clear()
+
         for position, numel, own_group in zip(self.positions, self.numels, self.groups, strict=True):
-            if pieces and (own_group != group or numel > room):
-                blocks.append(Block(group, tuple(pieces)))
-                pieces, room = [], size
+            if own_group != group or sum(sizes) + numel > size:
+                close()
             group = own_group
             for start in range(0, numel, size):
                 stop = min(start + size, numel)
-                pieces.append(Piece(position, start, stop))
-                room -= stop - start
-                if room == 0:
-                    blocks.append(Block(group, tuple(pieces)))
-                    pieces, room = [], size
-        if pieces:
-            blocks.append(Block(group, tuple(pieces)))
+                pieces.append(Piece(position, None if stop - start == numel else (start, stop)))
+                sizes.append(stop - start)
+                if stop - start == size:
+                    close()
+        close()
         return tuple(blocks)
 
     @functools.cached_property

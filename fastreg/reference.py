@@ -92,25 +92,28 @@ def sweep(
         scratch = _Scratch(part)
         for block in part.blocks:
             pieces = _pieces(flat, block)
-            w = scratch.read(pieces)
-            if value_dtype is not None:
-                sums += scratch.sums(w)
-                sum_groups.append(block.group)
             if mode == Mode.VALUE:
+                sums += scratch.sums(pieces, block.sizes)
+                sum_groups.append(block.group)
                 continue
+            w = scratch.read(pieces, block.sizes)
+            if value_dtype is not None:
+                sums += scratch.sums([w], (w.numel(),))
+                sum_groups.append(block.group)
             l1, l2 = strengths.of_group(block.group, scale)
             if mode == Mode.PROX:
-                scratch.write(scratch.prox(w, l1, l2), pieces)
+                scratch.write(scratch.prox(w, l1, l2), pieces, block.sizes)
             else:
                 result = scratch.gradient(w, l1, l2)
-                scratch.write(result, _pieces(flat_grads, block), add=mode == Mode.ACCUMULATE)
+                scratch.write(result, _pieces(flat_grads, block), block.sizes, add=mode == Mode.ACCUMULATE)
     if value_dtype is None:
         return None
     device = parts[0].device
     totals = torch.zeros((n_groups, 2), dtype=accumulate_dtype(device), device=device)
-    if sums:
-        index = torch.tensor(sum_groups, device=device)
-        totals.index_add_(0, index, torch.stack(sums).view(-1, 2))
+    if sums and n_groups == 1:
+        totals = torch.stack(sums).view(-1, 2).sum(0, keepdim=True)
+    elif sums:
+        totals.index_add_(0, torch.tensor(sum_groups, device=device), torch.stack(sums).view(-1, 2))
     return measure(totals, strengths, value_dtype)
 
 
@@ -118,7 +121,7 @@ class _Scratch:
     """Block-sized buffers, and the operations that fill them without touching other memory."""
 
     def __init__(self, part: Part) -> None:
-        size = max((sum(p.stop - p.start for p in block.pieces) for block in part.blocks), default=0)
+        size = max((sum(block.sizes) for block in part.blocks), default=0)
         self.compute = _compute_dtype(part.dtype)
         self.storage = part.dtype
         self._input = torch.empty(size, dtype=self.compute, device=part.device)
@@ -126,17 +129,15 @@ class _Scratch:
         self._second = torch.empty_like(self._input)
         self._wide = torch.empty(size, dtype=accumulate_dtype(part.device), device=part.device)
 
-    def read(self, pieces: list[Tensor]) -> Tensor:
+    def read(self, pieces: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
         """The pieces as one vector in the dtype of the arithmetic; no copy where they are that already."""
         if len(pieces) == 1 and self.storage == self.compute:
             return pieces[0]
-        vector = self._input[: sum(p.numel() for p in pieces)]
-        torch._foreach_copy_(vector.split([p.numel() for p in pieces]), pieces)
-        return vector
+        return _gather(self._input, pieces, sizes)
 
-    def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, pieces: list[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
-        wide = self._wide[: w.numel()].copy_(w)
+        wide = _gather(self._wide, pieces, sizes)
         square_sum = torch.dot(wide, wide)
         return wide.abs_().sum(), square_sum
 
@@ -151,22 +152,30 @@ class _Scratch:
         magnitude.sub_(l1).div_(1 + 2 * l2).mul_(torch.sign(w, out=self._second[: w.numel()]))
         return magnitude.masked_fill_(dropped, 0.0)
 
-    def write(self, result: Tensor, pieces: list[Tensor], add: bool = False) -> None:
+    def write(self, result: Tensor, pieces: list[Tensor], sizes: tuple[int, ...], add: bool = False) -> None:
         """Rounds to the storage dtype, then stores or adds: autograd's order, so that its bits are ours."""
-        sizes = [p.numel() for p in pieces]
         if add:
-            torch._foreach_add_(pieces, result.to(self.storage).split(sizes))
+            torch._foreach_add_(pieces, torch.split_with_sizes(result.to(self.storage), sizes))
         else:
-            torch._foreach_copy_(pieces, result.split(sizes))
+            torch._foreach_copy_(pieces, torch.split_with_sizes(result, sizes))
+
+
+def _gather(buffer: Tensor, pieces: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
+    """The pieces side by side in `buffer`, converted to its dtype."""
+    if len(pieces) == 1:
+        return buffer[: sizes[0]].copy_(pieces[0])
+    vector = buffer[: sum(sizes)]
+    torch._foreach_copy_(torch.split_with_sizes(vector, sizes), pieces)
+    return vector
 
 
 def _pieces(flat: dict[int, Tensor], block: Block) -> list[Tensor]:
-    return [flat[p.position][p.start : p.stop] for p in block.pieces]
+    return [flat[i] if bounds is None else flat[i][slice(*bounds)] for i, bounds in block.pieces]
 
 
 def _flat(dense: Tensor) -> Tensor:
     """A vector over the storage of a dense tensor, whatever the order of its strides."""
-    return dense.as_strided((dense.numel(),), (1,))
+    return dense.view(-1) if dense.is_contiguous() else dense.as_strided((dense.numel(),), (1,))
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -202,7 +202,8 @@ def made_up_results(device_type: str) -> tuple[dict[str, Any], list[results.Case
     return environment, cases
 
 
-def test_report_renders(tmp_path: Path) -> None:
+def test_report_renders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LEDGER_MODELS", ("mnist_mlp",))
     results.write(tmp_path / "in" / "made-up.json", *made_up_results("cpu"))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
@@ -224,6 +225,15 @@ def test_report_renders(tmp_path: Path) -> None:
 
 def test_readme_without_markers_stays_as_it_is() -> None:
     assert report.with_block("text", "block") == "text"
+
+
+def test_append_replaces_what_was_measured_again_in_the_same_environment_only() -> None:
+    environment, cases = made_up_results("cpu")
+    again = [{**cases[0], "rounds": 9}]
+    merged = results.merge({"environment": environment, "cases": cases}, environment, again)
+    assert merged == [*cases[1:], *again]
+    with pytest.raises(ValueError, match="torch changed"):
+        results.merge({"environment": environment, "cases": cases}, {**environment, "torch": "9.10"}, again)
 
 
 def test_results_path_names_device_and_dtype(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
+import fastreg
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits.py"
 PENALTIES = ["none", "l1", "l2", "elastic"]
 NUMBER = r"(-?[\d.]+)"
@@ -176,6 +178,94 @@ def test_l1_brings_weights_near_zero() -> None:
     assert shares[1] > 0.2
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_attached_trains_bitwise_as_the_loss_term_does(optimizer: str) -> None:
+    # Both add the same float32 gradient to the finished .grad of the cross-entropy, with one rounding.
+    trained, curves = [], []
+    for method in ("penalty", "attach"):
+        model, data = hundred_steps(torch.float32)
+        step = digits.OPTIMIZERS[optimizer](model.parameters())
+        curves.append(digits.train(model, data, 3e-4, 2e-3, epochs=5, seed=3, optimizer=step, method=method))
+        trained.append(digits.all_weights(model))
+    assert trained[0].tobytes() == trained[1].tobytes()
+    # What is logged is of the same weights, too; only the order of the additions in the sums may differ.
+    np.testing.assert_allclose(np.array(curves[0]), np.array(curves[1]), rtol=1e-6, atol=0)
+
+
+def test_the_attached_proximal_step_is_the_formula() -> None:
+    l1, l2, lr = 3e-4, 2e-3, digits.SGD_LEARNING_RATE
+    model, data = hundred_steps(torch.float64)
+    step = digits.OPTIMIZERS["sgd"](model.parameters())
+    zeros: list[float] = []
+    options = {"epochs": 5, "seed": 3}
+    found = digits.train(model, data, l1, l2, **options, optimizer=step, method="prox", log_zeros=zeros.append)
+
+    expected, _ = hundred_steps(torch.float64)
+    step = digits.OPTIMIZERS["sgd"](expected.parameters())
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for _ in range(5):
+        for x, y in digits.minibatches(data.x_train, data.y_train, generator):
+            cross_entropy = nn.functional.cross_entropy(expected(x), y)
+            step.zero_grad()
+            cross_entropy.backward()
+            step.step()
+            with torch.no_grad():
+                w = torch.cat([p.view(-1) for p in expected.parameters()])
+                l1_part, l2_part = l1 * w.abs().sum().item(), l2 * w.square().sum().item()
+                losses.append([cross_entropy.item() + l1_part + l2_part, cross_entropy.item(), l1_part, l2_part])
+                for p in expected.parameters():
+                    p.copy_(p.sign() * (p.abs() - lr * l1).clamp(min=0) / (1 + 2 * lr * l2))
+    np.testing.assert_allclose(digits.all_weights(model), digits.all_weights(expected), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.array(found), np.array(losses), rtol=1e-6, atol=0)
+    assert len(zeros) == 5
+    assert zeros[-1] == pytest.approx(np.mean(digits.all_weights(model) == 0), abs=1e-7)
+
+
+@pytest.mark.parametrize("method", ["penalty", "attach", "prox"])
+def test_printed_zeros_are_those_of_the_weights(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = digits.main(["--penalty", "l1", "--method", method, "--epochs", "4", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    zeros = np.mean(digits.all_weights(model) == 0)
+    assert numbers(rf"exact-zero share \(w = 0\)  before {NUMBER}  after {NUMBER}", out) == [
+        0,
+        pytest.approx(zeros, abs=0.6e-4),
+    ]
+    per_epoch = [float(share) for share in re.findall(rf"^epoch \d/4  exact zeros {NUMBER}  loss", out, re.M)]
+    assert len(per_epoch) == 4
+    assert per_epoch[-1] == pytest.approx(zeros, abs=0.6e-4)
+    assert zeros > 0.1 if method == "prox" else zeros < 0.001
+    name = "digits_l1.png" if method == "penalty" else f"digits_l1_{method}.png"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_compare_trains_all_methods_from_one_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = digits.main(["--penalty", "l1", "--compare", "--epochs", "4", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert list(models) == ["penalty", "attach", "prox"]
+    data = digits.load_data()
+    for method, model in models.items():
+        zeros, accuracy = numbers(rf"{method} +exact zeros {NUMBER}  test accuracy {NUMBER}", out)
+        assert zeros == pytest.approx(np.mean(digits.all_weights(model) == 0), abs=0.6e-4)
+        assert accuracy == pytest.approx(digits.accuracy(model, data.x_test, data.y_test), abs=0.6e-4)
+        assert zeros > 0.1 if method == "prox" else zeros < 0.001
+    assert digits.all_weights(models["penalty"]).tobytes() == digits.all_weights(models["attach"]).tobytes()
+    path = tmp_path / "digits_l1_methods.png"
+    assert list(tmp_path.iterdir()) == [path]
+    assert out.splitlines()[-1] == f"plot  {path}"
+    assert imread(path).std() > 0.05
+
+
+@pytest.mark.parametrize("penalty", ["l1", "elastic"])
+def test_prox_by_default_is_sparse_and_accurate(penalty: str, tmp_path: Path) -> None:
+    model = digits.main(["--penalty", penalty, "--method", "prox", "--out", str(tmp_path)])
+    data = digits.load_data()
+    assert fastreg.sparsity(model) > 0.1
+    assert digits.accuracy(model, data.x_test, data.y_test) > 0.9
+
+
 def test_given_strengths_replace_mixed_ones() -> None:
     assert digits.strengths("elastic", None, None) == pytest.approx((0.3 * 1e-3, 0.7 * 3e-3))
     assert digits.strengths("elastic", 0.5, None) == pytest.approx((0.5, 0.7 * 3e-3))
@@ -199,6 +289,10 @@ def test_given_strengths_replace_mixed_ones() -> None:
         (["--epochs", "1.5"], "argument --epochs: must be a whole number from 1 to 1000000, got '1.5'"),
         (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 4294967295, got '-1'"),
         (["--penalty", "l3"], "argument --penalty: invalid choice: 'l3'"),
+        (["--penalty", "none", "--method", "prox"], "argument --method: --penalty none leaves nothing to apply; use"),
+        (["--penalty", "none", "--method", "attach"], "argument --method: --penalty none leaves nothing to apply; use"),
+        (["--penalty", "none", "--compare"], "argument --compare: --penalty none leaves nothing to apply; use"),
+        (["--compare", "--method", "prox"], "argument --method: not allowed with argument --compare"),
         (["--out", "{file}"], "argument --out: cannot write to '{file}': "),
         (["--out", "{file}/below"], "argument --out: cannot write to '{file}/below': "),
         pytest.param(

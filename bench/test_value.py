@@ -1,0 +1,12 @@
+"""The penalty's value, without a gradient."""
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.models import shapes_of
+from bench.session import Session
+
+TASK = "value"
+
+
+def test_value(benchmark: BenchmarkFixture, bench: Session, model: str, method: str) -> None:
+    bench.run(benchmark, TASK, TASK, model, method, shapes_of(model))
