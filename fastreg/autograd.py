@@ -85,6 +85,7 @@ def add_gradients(
     scale: Scale = UNSCALED,
     reduce: bool,
     impl: str | None,
+    names: Sequence[str] | None = None,
 ) -> Measure | None:
     """Adds the gradient of the penalty to .grad, which is created where it is None, in one sweep.
 
@@ -92,7 +93,7 @@ def add_gradients(
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
         ValueError, RuntimeError: a .grad that cannot be changed in place, likewise.
     """
-    grads = [_present_grad(w) for w in weights]
+    grads = [_present_grad(w, name) for w, name in zip(weights, names or [""] * len(weights), strict=True)]
     found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
     for w, grad in zip(weights, grads, strict=True):
         if w.grad is not grad:
@@ -142,7 +143,7 @@ _HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and ha
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _references_of_an_unshared_node() -> int:
-    graph: Any = torch.zeros((), requires_grad=True).clone()
+    graph: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
     return max(_references(graph.grad_fn.next_functions))
 
 
@@ -250,7 +251,7 @@ def _differentiable_backward(
     terms = measure(sums, strengths, sums.dtype)[1:3]
     inputs: list[Any] = [*strengths, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-    upstream = [torch.as_tensor(factor).to(term) for factor, term in zip(scale, terms, strict=True)]
+    upstream = [torch.as_tensor(factor, device=term.device).to(term) for factor, term in zip(scale, terms, strict=True)]
     found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
@@ -269,7 +270,7 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Strength:
     return total if term is None else total + term
 
 
-def _present_grad(weight: Tensor) -> Tensor:
+def _present_grad(weight: Tensor, name: str) -> Tensor:
     """`weight.grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
     grad = weight.grad
     if grad is None:
@@ -277,12 +278,13 @@ def _present_grad(weight: Tensor) -> Tensor:
         layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
         # -0.0, to which anything added is itself, its sign of zero included.
         return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
+    what = f"the .grad of parameter {name!r}" if name else f"a .grad of shape {tuple(grad.shape)}"
     if grad.dtype != weight.dtype or grad.device != weight.device:
         raise TypeError(
-            f"a .grad is {grad.dtype} on {grad.device} but its weight of shape {tuple(weight.shape)} is {weight.dtype} "
-            f"on {weight.device}; add the penalty to the loss instead, or convert the gradient"
+            f"{what} is {grad.dtype} on {grad.device} but the weight is {weight.dtype} on {weight.device}; add the "
+            "penalty to the loss instead, or convert the gradient"
         )
     if grad.layout != torch.strided:
         return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
-    check_writable(grad, f"a .grad of shape {tuple(grad.shape)}")
+    check_writable(grad, what)
     return grad

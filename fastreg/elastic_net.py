@@ -33,8 +33,8 @@ class ElasticNet:
     Args: as `elastic_penalty`. `l1` and `l2` may be assigned at any time, by a schedule for instance; nothing is
     recompiled and nothing waits for the device.
 
-    A parameter that is frozen, thawed, moved, converted or replaced in its module is noticed at the next call. Modules
-    added later are not: make a new ElasticNet then.
+    Parameters that are frozen, thawed, moved, converted, replaced or tied, and modules that are replaced or added, are
+    noticed at the next call.
 
     `last` is the `Penalty` of the last step of an optimizer that this is attached to, or None before that.
 
@@ -104,7 +104,7 @@ class ElasticNet:
     def __call__(self, *, return_terms: bool = False) -> Tensor | Penalty:
         """The penalty of the weights as they are now; see `elastic_penalty`."""
         weights, groups, strengths = self._current()
-        if torch.is_grad_enabled() and torch.compiler.is_compiling():
+        if _is_transformed():
             penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, UNSCALED, None, reduce=True))
         elif torch.is_grad_enabled():
             penalty = Penalty(*ElasticPenaltyFunction.apply(Call(groups, self._impl), *strengths, *weights))
@@ -157,15 +157,21 @@ class ElasticNet:
         self._attachment = attachment
         return attachment
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizers leave their hooks behind when they are copied or pickled, and so does this.
+        return {**self.__dict__, "_attachment": None}
+
     def __repr__(self) -> str:
         n_elements = sum(w.numel() for w in self._selection.weights)
         return f"ElasticNet({len(self._selection.weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
 
     def _add_grad(self, scale: Scale) -> Penalty:
         weights, groups, strengths = self._current()
-        return _penalty(add_gradients(weights, groups, strengths, scale=scale, reduce=True, impl=self._impl))
+        keywords: dict[str, Any] = {"scale": scale, "impl": self._impl, "names": self._selection.names}
+        return _penalty(add_gradients(weights, groups, strengths, reduce=True, **keywords))
 
-    def _step_grad(self, scale: Scale) -> None:
+    def _step_grad(self, learning_rates: dict[int, Strength], scale: Scale) -> None:
+        self._steps(learning_rates)  # for its check
         self.last = self._add_grad(scale)
 
     def _step_prox(self, learning_rates: dict[int, Strength]) -> None:
@@ -195,6 +201,15 @@ class ElasticNet:
 def _penalty(measure: Measure | None) -> Penalty:
     assert measure is not None
     return Penalty(measure.total, measure.l1, measure.l2)
+
+
+def _is_transformed() -> bool:
+    """Whether a compiler, a torch.func transform or forward-mode differentiation has to see through the penalty."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _repeatable(params: Any) -> Any:

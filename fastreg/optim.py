@@ -14,8 +14,8 @@ class Attachment:
 
     Args:
         optimizer: whose steps to hook.
-        mode: "grad" calls `add_grad(scale)` before a step, "prox" calls `prox(step_of)` after it, where `step_of` maps
-            the id of a parameter to its learning rate.
+        mode: "grad" calls `add_grad(rates, scale)` before a step, "prox" calls `prox(rates)` after it, where `rates`
+            maps the id of every parameter that the optimizer holds to its learning rate.
         on_remove: called with this by `remove()`.
     """
 
@@ -24,7 +24,7 @@ class Attachment:
         optimizer: Optimizer,
         mode: str,
         *,
-        add_grad: Callable[[Scale], None],
+        add_grad: Callable[[dict[int, Strength], Scale], None],
         prox: Callable[[dict[int, Strength]], None],
         on_remove: Callable[["Attachment"], None],
     ) -> None:
@@ -44,7 +44,7 @@ class Attachment:
                 )
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
             scale = getattr(optimizer, "grad_scale", None)
-            add_grad(UNSCALED if scale is None else Scale(scale, scale))
+            add_grad(_learning_rates(optimizer), UNSCALED if scale is None else Scale(scale, scale))
 
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             prox(_learning_rates(optimizer))

@@ -165,5 +165,6 @@ def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> 
     total = sum(w.numel() for w in weights)
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")
-    nonzero = torch.stack([torch.count_nonzero(w).to(weights[0].device) for w in weights]).sum()
-    return ((total - nonzero).double() / total).float()
+    with torch._C.DisableTorchFunctionSubclass():
+        nonzero = torch.stack([torch.count_nonzero(w).to(weights[0].device) for w in weights]).sum()
+        return ((total - nonzero).double() / total).float()

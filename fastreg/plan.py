@@ -7,7 +7,7 @@ it was built from: a weight that moved, grew or changed its dtype finds another 
 import enum
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ MOST_BLOCKS_PER_CHUNK = 32
 # that the cost of an operator call disappears. Other devices pay for launches, not for cache misses.
 CPU_BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 26
+# Tables are filled on the host, whatever the user's default device is.
+HOST_INT64: Any = {"dtype": torch.int64, "device": "cpu"}
 
 
 class Mode(enum.IntEnum):
@@ -102,11 +104,11 @@ class Part:
         total = sum(self.numels)
         blocks_per_chunk = min(max(-(-total // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
         with torch.inference_mode(False):
-            numels = torch.tensor(self.numels, dtype=torch.int64)
-            groups = torch.tensor(self.groups, dtype=torch.int64)
+            numels = torch.tensor(self.numels, **HOST_INT64)
+            groups = torch.tensor(self.groups, **HOST_INT64)
             n_chunks = -(-numels // (blocks_per_chunk * BLOCK))
             first_chunk = n_chunks.cumsum(0) - n_chunks
-            tensors = torch.stack([torch.tensor(self.addresses, dtype=torch.int64), numels, first_chunk, groups], 1)
+            tensors = torch.stack([torch.tensor(self.addresses, **HOST_INT64), numels, first_chunk, groups], 1)
             chunk_tensor = torch.repeat_interleave(n_chunks).int()
             return Tables(
                 to_device(tensors, self.device),
@@ -119,7 +121,7 @@ class Part:
     def grad_table(self, offsets: tuple[int, ...]) -> Tensor:
         """int64 [n_tensors]: byte offsets of the gradients from a common base, on the device."""
         with torch.inference_mode(False):
-            return to_device(torch.tensor(offsets, dtype=torch.int64), self.device)
+            return to_device(torch.tensor(offsets, **HOST_INT64), self.device)
 
 
 class Plan(NamedTuple):

@@ -1,5 +1,6 @@
 """From what a user passes to the weights that count: named, deduplicated, filtered and checked."""
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fastreg.strengths import Strength, Strengths, check_strength, combine
 
-Filter: TypeAlias = str | Callable[[str, Tensor], bool] | None
+Filter: TypeAlias = str | re.Pattern[str] | Callable[[str, Tensor], bool] | None
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -20,15 +21,16 @@ class Candidate(NamedTuple):
     name: str
     tensor: Tensor
     group: int
-    owner: dict[str, Tensor | None] | None  # the module dictionary it was found in, to notice its replacement
-    key: str
 
 
 class Selection:
     """The weights that count, and the strengths of their groups."""
 
     def __init__(self, params: Any, include: Filter, exclude: Filter) -> None:
-        self._candidates, self._own_strengths = _collect(params)
+        self._candidates, self._own_strengths, modules = _collect(params)
+        # What is in each module, to notice when that changes.
+        contents = [contained for module in modules for contained in (module._parameters, module._modules)]
+        self._contents: list[tuple[dict[str, Any], tuple[Any, ...]]] = [(d, tuple(d.values())) for d in contents]
         self._requires_grad = [c.tensor.requires_grad for c in self._candidates]
         chosen = _choose(self._candidates, _matcher(include, "include"), _matcher(exclude, "exclude"))
         self.names = [c.name for c in chosen]
@@ -41,10 +43,9 @@ class Selection:
         self._own_strengths = list(used.values())
 
     def is_current(self) -> bool:
-        """Whether no weight was frozen, thawed or replaced in its module since."""
-        return all(
-            c.tensor.requires_grad == required and (c.owner is None or c.owner.get(c.key) is c.tensor)
-            for c, required in zip(self._candidates, self._requires_grad, strict=True)
+        """Whether no weight was frozen, thawed or replaced since, and no module."""
+        return [c.tensor.requires_grad for c in self._candidates] == self._requires_grad and all(
+            len(now) == len(then) and all(map(operator.is_, now.values(), then)) for now, then in self._contents
         )
 
     def strengths(self, l1: Strength, l2: Strength) -> Strengths:
@@ -64,8 +65,10 @@ def bias_and_norm(name: str, param: Tensor) -> bool:
     return param.ndim < 2
 
 
-def _collect(params: Any) -> tuple[list[Candidate], list[tuple[Strength | None, Strength | None]]]:
-    """All candidates, each once, and the strengths that each group brings along."""
+def _collect(
+    params: Any,
+) -> tuple[list[Candidate], list[tuple[Strength | None, Strength | None]], list[nn.Module]]:
+    """All candidates, each once; the strengths that each group brings along; and the modules that were walked."""
     if isinstance(params, Mapping) and "params" in params:
         params = [params]
     if not isinstance(params, nn.Module | Tensor | Mapping):
@@ -78,6 +81,7 @@ def _collect(params: Any) -> tuple[list[Candidate], list[tuple[Strength | None, 
     groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
     own: list[tuple[Strength | None, Strength | None]] = []
     candidates: dict[int, Candidate] = {}
+    modules: list[nn.Module] = []
     for index, group in enumerate([{"params": params}] if groups is None else groups):
         where = "" if groups is None else f"groups[{index}]."
         if not isinstance(group, Mapping):
@@ -86,24 +90,23 @@ def _collect(params: Any) -> tuple[list[Candidate], list[tuple[Strength | None, 
             raise ValueError(f"groups[{index}] has no 'params' entry")
         l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
         own.append((l1, l2))
-        for name, tensor, owner, key in _named(group["params"], where):
-            known = candidates.setdefault(id(tensor), Candidate(name, tensor, index, owner, key))
+        if isinstance(group["params"], nn.Module):
+            modules += group["params"].modules()
+        for name, tensor in _named(group["params"], where):
+            known = candidates.setdefault(id(tensor), Candidate(name, tensor, index))
             if known.group != index:
                 raise ValueError(
                     f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "
                     "ambiguous, so leave it in one of them"
                 )
-    return list(candidates.values()), own
+    return list(candidates.values()), own, modules
 
 
-def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor, dict[str, Tensor | None] | None, str]]:
+def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(params, nn.Module):
-        for prefix, module in params.named_modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    yield (f"{prefix}.{key}" if prefix else key), parameter, module._parameters, key
+        yield from params.named_parameters()
     elif isinstance(params, Tensor):
-        yield f"{where}params", params, None, ""
+        yield f"{where}params", params
     else:
         items = params.items() if isinstance(params, Mapping) else params
         if isinstance(items, str) or not isinstance(items, Iterable):
@@ -113,7 +116,7 @@ def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor, dict[str, Ten
             name, tensor = item if isinstance(item, tuple | list) and len(item) == 2 else (default, item)
             if not isinstance(tensor, Tensor) or not isinstance(name, str):
                 raise TypeError(f"{default} must be a tensor or a (name, tensor) pair, got {_describe(item)}")
-            yield name, tensor, None, ""
+            yield name, tensor
 
 
 def _describe(item: object) -> str:
@@ -166,7 +169,7 @@ def _matcher(pattern: Filter, which: str) -> Callable[[str, Tensor], bool]:
         return lambda name, param: which == "include"
     if callable(pattern):
         return pattern
-    if not isinstance(pattern, str):
+    if not isinstance(pattern, str | re.Pattern):
         raise TypeError(
             f"{which} must be a regular expression or a callable (name, param) -> bool, got {type(pattern).__name__}"
         )

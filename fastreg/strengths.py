@@ -85,13 +85,16 @@ def check_strength(value: object, name: str) -> Strength:
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with .float()")
         if value.ndim != 0:
             raise ValueError(
-                f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}; "
-                "for strengths per layer pass a list of group dicts"
+                f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}"
+                + ("" if name == "lr" else "; for strengths per layer pass a list of group dicts")
             )
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} must be finite and at least 0, got {number}")
     return number
@@ -116,7 +119,7 @@ def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> S
 
 
 def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(values, dtype=accumulate_dtype(device)), device)
+    return to_device(torch.tensor(values, dtype=accumulate_dtype(device), device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=64)

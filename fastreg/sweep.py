@@ -44,9 +44,11 @@ def sweep(
     measures: list[Measure | None] = []
     # All decided before the first write, so that an error leaves everything as it was.
     runs = [implementation(device, impl) for device in plan.shards]
-    for run, (device, parts) in zip(runs, plan.shards.items(), strict=True):
-        local = strengths.on(device), scale.on(device)
-        measures.append(run(parts, mode, dense, staged, *local, plan.n_groups, value_dtype))
+    # Tensor subclasses that merely mark their tensors would mark the value too.
+    with torch._C.DisableTorchFunctionSubclass():
+        for run, (device, parts) in zip(runs, plan.shards.items(), strict=True):
+            local = strengths.on(device), scale.on(device)
+            measures.append(run(parts, mode, dense, staged, *local, plan.n_groups, value_dtype))
     if mode == Mode.PROX:
         _unstage(dense, weights)
     if staged is not None and grads is not None:

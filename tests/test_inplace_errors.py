@@ -71,13 +71,19 @@ PROX_ERRORS: list[Error] = [
     ("no GPU", pair(), {"impl": "triton"}, RuntimeError, NO_GPU),
 ]
 ADD_ERRORS: list[Error] = [
-    ("float64 .grad", pair(None, torch.ones(4, 2).double()), {}, TypeError, "a .grad is torch.float64 on cpu"),
+    (
+        "float64 .grad",
+        pair(None, torch.ones(4, 2).double()),
+        {},
+        TypeError,
+        "the .grad of parameter 'bad' is torch.float64 on cpu",
+    ),
     (
         "sparse .grad",
         pair(None, torch.eye(4, 2).double().to_sparse()),
         {},
         TypeError,
-        "a .grad is torch.float64 on cpu",
+        "the .grad of parameter 'bad' is torch.float64 on cpu",
     ),
     ("inference .grad", inference_grad, {}, RuntimeError, "nference"),
     ("expanded .grad", pair(None, torch.ones(1, 2).expand(4, 2)), {}, ValueError, "share memory"),

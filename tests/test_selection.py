@@ -1,5 +1,9 @@
 """Which weights count, and with which strengths."""
 
+import copy
+import pickle
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -208,3 +212,53 @@ def test_reg_is_elastic_penalty(net: Net) -> None:
     assert reg(return_terms=True) == expected
     assert reg() == expected.total
     assert "4 tensors" in repr(reg)
+
+
+def test_modules_that_come_and_go_are_noticed() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))
+    reg = fastreg.ElasticNet(model, L1, L2)
+    for change in (
+        lambda: model.__setitem__(2, nn.Linear(2, 4)),
+        lambda: model.append(nn.Linear(4, 1)),
+        lambda: model[0].register_parameter("extra", nn.Parameter(torch.ones(3))),
+        lambda: model[1].add_module("inner", nn.Linear(1, 1)),
+        lambda: setattr(model[2], "weight", model[0].weight),
+        lambda: model.__delitem__(3),
+    ):
+        change()
+        assert_counts(reg(), list(model.parameters()))
+
+
+def test_the_default_device_is_left_out_of_it(path: Path) -> None:
+    impl, device = path
+    weights = [torch.randn(3, device=device, requires_grad=True), torch.randn(5000, device=device, requires_grad=True)]
+    groups = [{"params": weights[0], "l1": 0.1}, {"params": weights[1], "l1": 0.2}]
+    with torch.device("meta"):
+        found = fastreg.elastic_penalty(groups, L1, L2, impl=impl)
+        found.backward()
+        fastreg.add_elastic_grad_(groups, L1, L2, impl=impl)
+        fastreg.elastic_prox_(groups, L1, L2, lr=0.1, impl=impl)
+    assert found.device == weights[0].device
+
+
+def test_a_marked_tensor_marks_nothing(path: Path) -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    impl, device = path
+    w = torch.randn(7, device=device).as_subclass(Marked)
+    assert type(fastreg.elastic_penalty(w, L1, L2, impl=impl)) is torch.Tensor
+    assert type(fastreg.sparsity(w)) is torch.Tensor
+
+
+def test_compiled_patterns_are_patterns(net: Net) -> None:
+    found = fastreg.elastic_penalty(net, L1, L2, include=re.compile("HEAD", re.IGNORECASE))
+    assert_counts(found, list(net.head.parameters()))
+
+
+def test_a_copied_attachment_can_be_attached_again() -> None:
+    model = nn.Linear(3, 2)
+    model.reg = fastreg.ElasticNet(model.weight, L1, L2)
+    model.reg.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.reg.attach(torch.optim.SGD(other.parameters(), lr=0.1))
