@@ -18,7 +18,7 @@ import torch
 from bench import environment
 from bench.clock import clock_for, seconds
 from bench.harness import Harness, quantiles, ratios
-from bench.models import n_weights, parameters
+from bench.models import from_shapes, shapes_of
 from fastreg import plan
 from fastreg.plan import Mode
 from fastreg.strengths import Strengths
@@ -30,8 +30,8 @@ ROUNDS = 9
 
 def parts(model: str) -> dict[str, Callable[[], object]]:
     """The sums alone, the gradient alone, and both, as add_grad_ does them."""
-    weights = parameters(model)
-    grads = [w.grad for w in weights if w.grad is not None]
+    weights = from_shapes(shapes_of(model), torch.float32, "cpu")
+    grads = [torch.zeros_like(w) for w in weights]
     groups, strengths = [0] * len(weights), Strengths(0.5, 5.0)
     return {
         "value": lambda: sweep(weights, groups, Mode.VALUE, strengths, impl="torch"),
@@ -48,7 +48,9 @@ def main() -> None:
 
     device = torch.device("cpu")
     clock = clock_for(device)
-    floor = Harness(device, torch.float32, 0.0, ROUNDS).floor(n_weights(options.model))
+    floor = Harness(device, torch.float32, 0.0, ROUNDS).floor(
+        sum(torch.Size(shape).numel() for shape in shapes_of(options.model))
+    )
     tasks = parts(options.model)
     times: dict[tuple[int, str], list[float]] = {(block, task): [] for block in BLOCKS for task in tasks}
     floors: dict[tuple[int, str], list[float]] = {case: [] for case in times}

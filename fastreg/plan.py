@@ -36,7 +36,7 @@ class Mode(enum.IntEnum):
 
 
 class Piece(NamedTuple):
-    """Elements `start:stop`, in storage order, of the weight at `position`; None for all of it."""
+    """A run of the weight at `position` in storage order: its start and length, or None for all of it."""
 
     position: int
     bounds: tuple[int, int] | None
@@ -91,7 +91,7 @@ class Part:
             group = own_group
             for start in range(0, numel, size):
                 stop = min(start + size, numel)
-                pieces.append(Piece(position, None if stop - start == numel else (start, stop)))
+                pieces.append(Piece(position, None if stop - start == numel else (start, stop - start)))
                 sizes.append(stop - start)
                 if stop - start == size:
                     close()

@@ -142,8 +142,11 @@ class _Scratch:
         return wide.abs_().sum(), square_sum
 
     def gradient(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
-        result = torch.sign(w, out=self._result[: w.numel()]).mul_(l1)
-        return result.add_(torch.mul(w, 2 * l2, out=self._second[: w.numel()]))
+        sign = torch.sign(w, out=self._second[: w.numel()])
+        result = torch.mul(w, 2 * l2, out=self._result[: w.numel()])
+        if isinstance(l1, Tensor):
+            return result.add_(sign.mul_(l1))
+        return result.add_(sign, alpha=l1)  # the product is exact, so that a fused one gives the same bits
 
     def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
         magnitude = torch.abs(w, out=self._result[: w.numel()])
@@ -170,7 +173,7 @@ def _gather(buffer: Tensor, pieces: list[Tensor], sizes: tuple[int, ...]) -> Ten
 
 
 def _pieces(flat: dict[int, Tensor], block: Block) -> list[Tensor]:
-    return [flat[i] if bounds is None else flat[i][slice(*bounds)] for i, bounds in block.pieces]
+    return [flat[i] if bounds is None else flat[i].narrow(0, *bounds) for i, bounds in block.pieces]
 
 
 def _flat(dense: Tensor) -> Tensor:
