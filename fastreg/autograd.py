@@ -2,7 +2,8 @@
 
 Where autograd would do nothing with the gradient but add it to .grad, the backward pass returns none and queues one
 sweep that adds it in place: no model-sized buffer, no launch per tensor. Where autograd or anybody else has to see the
-gradient, value and gradient are formed in one pass and returned like any other. Both give the same bits.
+gradient, value and gradient are formed in one pass and returned like any other. Both form the same bits; only the order
+in which .grad receives them and the data's gradient may differ.
 """
 
 import sys

@@ -17,9 +17,9 @@ BLOCK = 2048
 # Enough programs to fill the largest GPUs several times over; beyond that, chunks grow instead.
 MOST_CHUNKS = 8192
 MOST_BLOCKS_PER_CHUNK = 32
-# The PyTorch path works through scratch memory of this many elements: small enough for a core's cache, large enough
-# that the cost of an operator call disappears. Other devices pay for launches, not for cache misses.
-CPU_BLOCK = 1 << 17
+# The PyTorch path works through scratch memory of this many elements: small enough for the cores' caches, large enough
+# that the cost of an operator call disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
+CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 26
 # Tables are filled on the host, whatever the user's default device is.
 HOST_INT64: Any = {"dtype": torch.int64, "device": "cpu"}
