@@ -149,11 +149,16 @@ class _Scratch:
         return result.add_(sign, alpha=l1)  # the product is exact, so that a fused one gives the same bits
 
     def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
-        magnitude = torch.abs(w, out=self._result[: w.numel()])
-        # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
-        dropped = torch.le(magnitude, l1)
-        magnitude.sub_(l1).div_(1 + 2 * l2).mul_(torch.sign(w, out=self._second[: w.numel()]))
-        return magnitude.masked_fill_(dropped, 0.0)
+        shrunk = self._result[: w.numel()]
+        if isinstance(l1, Tensor):
+            torch.abs(w, out=shrunk)
+            # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
+            dropped = torch.le(shrunk, l1)
+            shrunk.sub_(l1).mul_(torch.sign(w, out=self._second[: w.numel()])).masked_fill_(dropped, 0.0)
+        else:
+            torch.ops.aten.softshrink.out(w, min(l1, torch.finfo(self.compute).max), out=shrunk)
+            shrunk.add_(0.0)  # it leaves zeros of either sign
+        return shrunk.div_(1 + 2 * l2)
 
     def write(self, result: Tensor, pieces: list[Tensor], sizes: tuple[int, ...], add: bool = False) -> None:
         """Rounds to the storage dtype, then stores or adds: autograd's order, so that its bits are ours."""

@@ -95,6 +95,6 @@ def test_the_gradient_alone_gives_no_zeros(alpha: float, l1_ratio: float) -> Non
     found = train(alpha, l1_ratio, "subgradient").weight.detach().numpy()[0]
     expected = truth(alpha, l1_ratio)
     assert (found != 0).all()
-    # It did descend, to where its steps of lr * l1 about zero keep it: by 95% of the way or more.
+    # It did descend, to where its steps of lr * l1 about zero keep it: 94% of the way, or further.
     start, optimum = objective(np.zeros(10), alpha, l1_ratio), objective(expected.coef_, alpha, l1_ratio)
     assert objective(found, alpha, l1_ratio) - optimum <= 0.1 * (start - optimum)
