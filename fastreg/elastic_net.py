@@ -140,8 +140,9 @@ class ElasticNet:
             taken at, or that the proximal step was applied to.
 
         Raises:
-            ValueError: a selected weight that the optimizer does not hold, an unknown mode.
-            TypeError: not an optimizer; LBFGS, which needs the penalty in its closure's loss.
+            ValueError: a selected weight that the optimizer does not hold, an unknown mode; maximize=True, in mode
+                "grad".
+            TypeError: not an optimizer; LBFGS, which needs the penalty in its loss; SparseAdam, in mode "grad".
             RuntimeError: attached already; later, from step(), a closure in mode "grad".
         """
         if self._attachment is not None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype
 
@@ -34,6 +34,12 @@ class Attachment:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, LBFGS):
             raise TypeError("LBFGS evaluates its closure's loss several times a step: add the penalty to that loss")
+        if mode == "grad" and isinstance(optimizer, SparseAdam):
+            raise TypeError('SparseAdam takes sparse gradients only; attach with mode="prox", or use another optimizer')
+        if mode == "grad" and any(group.get("maximize") for group in optimizer.param_groups):
+            raise ValueError(
+                'an optimizer with maximize=True would reward the penalty; attach with mode="prox", or minimize -loss'
+            )
         self._on_remove = on_remove
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -121,3 +121,14 @@ def test_copies_of_model_and_optimizer_go_without_the_penalty(mode: str, duplica
     assert without == train(other, MAKERS["Adam"](other.parameters()))
     assert reg.last is None
     assert train(model, optimizer) != without
+
+
+def test_optimizers_that_a_gradient_does_not_suit() -> None:
+    model = net()
+    reg = ElasticNet(model, L1, L2)
+    with pytest.raises(ValueError, match="maximize=True would reward the penalty"):
+        reg.attach(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+    with pytest.raises(TypeError, match="SparseAdam takes sparse gradients only"):
+        reg.attach(torch.optim.SparseAdam(model.parameters(), lr=0.1))
+    # The proximal step asks for no gradient.
+    reg.attach(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True), "prox").remove()
