@@ -151,7 +151,7 @@ class ElasticNet:
             optimizer, mode, add_grad=self._step_grad, prox=self._step_prox, on_remove=self._forget_attachment
         )
         try:
-            self._steps({id(p): 0.0 for group in optimizer.param_groups for p in group["params"]})
+            self._steps(self._current()[0], {id(p): 0.0 for group in optimizer.param_groups for p in group["params"]})
         except ValueError:
             attachment.remove()
             raise
@@ -166,23 +166,23 @@ class ElasticNet:
         n_elements = sum(w.numel() for w in self._selection.weights)
         return f"ElasticNet({len(self._selection.weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
 
-    def _add_grad(self, scale: Scale) -> Penalty:
+    def _add_grad(self, scale: Scale, learning_rates: dict[int, Strength] | None = None) -> Penalty:
         weights, groups, strengths = self._current()
+        if learning_rates is not None:
+            self._steps(weights, learning_rates)  # for its check
         keywords: dict[str, Any] = {"scale": scale, "impl": self._impl, "names": self._selection.names}
         return _penalty(add_gradients(weights, groups, strengths, reduce=True, **keywords))
 
     def _step_grad(self, learning_rates: dict[int, Strength], scale: Scale) -> None:
-        self._steps(learning_rates)  # for its check
-        self.last = self._add_grad(scale)
+        self.last = self._add_grad(scale, learning_rates)
 
     def _step_prox(self, learning_rates: dict[int, Strength]) -> None:
         weights, groups, strengths = self._current()
-        steps = self._steps(learning_rates)
+        steps = self._steps(weights, learning_rates)
         found = shrink(self._selection.names, weights, groups, strengths, steps, reduce=True, impl=self._impl)
         self.last = _penalty(found)
 
-    def _steps(self, learning_rates: dict[int, Strength]) -> list[Strength]:
-        weights, _, _ = self._current()
+    def _steps(self, weights: list[Tensor], learning_rates: dict[int, Strength]) -> list[Strength]:
         for name, w in zip(self._selection.names, weights, strict=True):
             if id(w) not in learning_rates:
                 raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")

@@ -109,11 +109,12 @@ def sweep(
     if value_dtype is None:
         return None
     device = parts[0].device
-    totals = torch.zeros((n_groups, 2), dtype=accumulate_dtype(device), device=device)
     if sums and n_groups == 1:
         totals = torch.stack(sums).view(-1, 2).sum(0, keepdim=True)
-    elif sums:
-        totals.index_add_(0, torch.tensor(sum_groups, device=device), torch.stack(sums).view(-1, 2))
+    else:
+        totals = torch.zeros((n_groups, 2), dtype=accumulate_dtype(device), device=device)
+        if sums:
+            totals.index_add_(0, torch.tensor(sum_groups, device=device), torch.stack(sums).view(-1, 2))
     return measure(totals, strengths, value_dtype)
 
 
