@@ -5,6 +5,7 @@ expressions, for the places where autograd or a compiler has to see it.
 """
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -84,6 +85,10 @@ def sweep(
     # Only host memory may be looked at: elsewhere the comparison would wait for the device.
     if mode == Mode.RESCALE and all(isinstance(s, Tensor) and s.device.type == "cpu" and bool(s == 1) for s in scale):
         return None
+    of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
+    if parts[0].device.type == "cpu":
+        # Floats save a pass over every block, and in host memory there is nothing to wait for.
+        of_group = [(float(l1), float(l2)) for l1, l2 in of_group]
     sums: list[Tensor] = []
     sum_groups: list[int] = []
     for part in parts:
@@ -100,7 +105,7 @@ def sweep(
             if value_dtype is not None:
                 sums += scratch.sums([w], (w.numel(),))
                 sum_groups.append(block.group)
-            l1, l2 = strengths.of_group(block.group, scale)
+            l1, l2 = of_group[block.group]
             if mode == Mode.PROX:
                 scratch.write(scratch.prox(w, l1, l2), pieces, block.sizes)
             else:
@@ -145,21 +150,25 @@ class _Scratch:
     def gradient(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
         sign = torch.sign(w, out=self._second[: w.numel()])
         result = torch.mul(w, 2 * l2, out=self._result[: w.numel()])
-        if isinstance(l1, Tensor):
-            return result.add_(sign.mul_(l1))
-        return result.add_(sign, alpha=l1)  # the product is exact, so that a fused one gives the same bits
+        if self._is_factor(l1):
+            return result.add_(sign, alpha=l1)  # the product is exact, so that a fused one gives the same bits
+        return result.add_(sign.mul_(l1))
 
     def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float) -> Tensor:
         shrunk = self._result[: w.numel()]
-        if isinstance(l1, Tensor):
+        if self._is_factor(l1) and l1 >= 0:
+            torch.ops.aten.softshrink.out(w, l1, out=shrunk)
+            shrunk.add_(0.0)  # it leaves zeros of either sign
+        else:
             torch.abs(w, out=shrunk)
             # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
             dropped = torch.le(shrunk, l1)
             shrunk.sub_(l1).mul_(torch.sign(w, out=self._second[: w.numel()])).masked_fill_(dropped, 0.0)
-        else:
-            torch.ops.aten.softshrink.out(w, min(l1, torch.finfo(self.compute).max), out=shrunk)
-            shrunk.add_(0.0)  # it leaves zeros of either sign
         return shrunk.div_(1 + 2 * l2)
+
+    def _is_factor(self, strength: Tensor | float) -> TypeGuard[float]:
+        """Whether operators take it as a number: they refuse one that overflows their dtype."""
+        return isinstance(strength, float) and abs(strength) <= torch.finfo(self.compute).max
 
     def write(self, result: Tensor, pieces: list[Tensor], sizes: tuple[int, ...], add: bool = False) -> None:
         """Rounds to the storage dtype, then stores or adds: autograd's order, so that its bits are ours."""

@@ -240,3 +240,11 @@ def test_a_copied_model_has_a_penalty_of_its_own(path: Path) -> None:
     assert model.weight.grad is None
     assert copied.weight.grad is not None
     assert oracle.ulp_distance(copied.weight.grad, oracle.gradient(model.weight, L1, L2)) <= 1
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0])
+def test_a_gradient_beyond_the_dtype_is_infinite(path: Path, factor: float) -> None:
+    impl, device = path
+    w = torch.tensor([1.0, -2.0], device=device, requires_grad=True)
+    (factor * fastreg.elastic_penalty(w, l1=1e39, impl=impl)).backward()
+    assert torch.equal(w.grad, factor * torch.tensor([torch.inf, -torch.inf], device=device))
