@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastreg import reference
+from fastreg.ops import sweep
 from fastreg.plan import Mode
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure
-from fastreg.sweep import check_writable, empty_gradients, is_dense, sweep
+from fastreg.sweep import check_writable, counts_changes, empty_gradients, is_dense
 
 
 class Call(NamedTuple):
@@ -63,8 +64,10 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, weights, strengths, scale)
         strength_grads = [
-            (factor * column if s.ndim else factor * column.sum()).to(s) if isinstance(s, Tensor) else None
-            for s, factor, column in zip(strengths, scale, sums.unbind(1), strict=True)
+            (factor * column if s.ndim else factor * column.sum()).to(s) if needed and isinstance(s, Tensor) else None
+            for s, factor, column, needed in zip(
+                strengths, scale, sums.unbind(1), ctx.needs_input_grad[1:3], strict=True
+            )
         ]
         if not any(ctx.needs_input_grad[3:]):
             return None, *strength_grads, *none
@@ -94,7 +97,7 @@ def add_gradients(
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
         ValueError, RuntimeError: a .grad that cannot be changed in place, likewise.
     """
-    grads = [_present_grad(w, name) for w, name in zip(weights, names or [""] * len(weights), strict=True)]
+    grads = _present_grads(weights, names)
     found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
     for w, grad in zip(weights, grads, strict=True):
         if w.grad is not grad:
@@ -106,7 +109,10 @@ def add_gradients(
 
 def versions(weights: Sequence[Tensor | None]) -> list[int]:
     """How often each weight was changed in place, as far as that is counted."""
-    return [0 if w is None or w.is_inference() else w._version for w in weights]
+    try:
+        return [w._version for w in weights]  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # a None, an inference tensor
+        return [0 if w is None or w.is_inference() else w._version for w in weights]
 
 
 def check_versions(weights: Sequence[Tensor | None], expected: Sequence[int]) -> None:
@@ -126,13 +132,12 @@ def is_observed(weights: Sequence[Tensor]) -> bool:
         return True
     if torch.is_anomaly_enabled() or not _HAS_ENGINE_ENTRY_POINTS or _compiled_autograd():
         return True
-    return any(
-        not w.is_leaf
-        or w._backward_hooks
-        or w._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-        or (_HAS_GRAD_DTYPE and w.grad_dtype != w.dtype)  # type: ignore[attr-defined]
-        for w in weights
-    )
+    for w in weights:
+        if not w.is_leaf or w._backward_hooks or w._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+            return True
+        if _HAS_GRAD_DTYPE and w.grad_dtype != w.dtype:  # type: ignore[attr-defined]
+            return True
+    return False
 
 
 _HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
@@ -269,6 +274,22 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Strength:
     if total is None:
         return 0.0 if term is None else term
     return total if term is None else total + term
+
+
+def _present_grads(weights: Sequence[Tensor], names: Sequence[str] | None) -> list[Tensor]:
+    """`_present_grad` of each weight; the usual case is decided here, without a call per weight."""
+    grads = [w.grad for w in weights]
+    for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+        if (
+            grad is None
+            or grad.layout is not torch.strided
+            or grad.dtype is not w.dtype
+            or grad.get_device() != w.get_device()
+            or not grad.is_contiguous()
+            or not counts_changes(grad)
+        ):
+            grads[i] = _present_grad(w, names[i] if names else "")
+    return grads  # type: ignore[return-value]
 
 
 def _present_grad(weight: Tensor, name: str) -> Tensor:

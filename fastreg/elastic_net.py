@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from fastreg.autograd import Call, ElasticPenaltyFunction, add_gradients
+from fastreg.ops import sweep, traced_sweep
 from fastreg.optim import Attachment
 from fastreg.plan import Mode
 from fastreg.prox import shrink
-from fastreg.reference import traced_sweep
 from fastreg.selection import Filter, Selection
-from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, check_strength
-from fastreg.sweep import check_impl, sweep
+from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, accumulate_dtype, check_strength
+from fastreg.sweep import check_impl
 
 
 class Penalty(NamedTuple):
@@ -54,8 +54,8 @@ class ElasticNet:
         impl: Literal["triton", "torch"] | None = None,
     ) -> None:
         check_impl(impl)
-        self.l1 = l1
-        self.l2 = l2
+        self._l1 = check_strength(l1, "l1")
+        self._l2 = check_strength(l2, "l2")
         self._impl = impl
         # What can be walked only once is walked here.
         self._params = _repeatable(params)
@@ -64,6 +64,8 @@ class ElasticNet:
         self._selection.strengths(self._l1, self._l2)
         self._attachment: Attachment | None = None
         self.last: Penalty | None = None
+        self._compiled_strengths: list[Tensor] | None = None
+        self._publish_strengths()
 
     @classmethod
     def from_alpha(cls, params: Any, alpha: float, l1_ratio: float, **keywords: Any) -> "ElasticNet":
@@ -87,6 +89,7 @@ class ElasticNet:
     @l1.setter
     def l1(self, value: Strength) -> None:
         self._l1 = check_strength(value, "l1")
+        self._publish_strengths()
 
     @property
     def l2(self) -> Strength:
@@ -96,6 +99,7 @@ class ElasticNet:
     @l2.setter
     def l2(self, value: Strength) -> None:
         self._l2 = check_strength(value, "l2")
+        self._publish_strengths()
 
     @overload
     def __call__(self, *, return_terms: Literal[False] = False) -> Tensor: ...
@@ -105,7 +109,9 @@ class ElasticNet:
         """The penalty of the weights as they are now; see `elastic_penalty`."""
         weights, groups, strengths = self._current()
         if _is_transformed():
-            penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, UNSCALED, None, reduce=True))
+            penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, impl="torch"))
+        elif torch.compiler.is_compiling():
+            penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))
         elif torch.is_grad_enabled():
             penalty = Penalty(*ElasticPenaltyFunction.apply(Call(groups, self._impl), *strengths, *weights))
         else:
@@ -196,7 +202,21 @@ class ElasticNet:
         """Weights, their groups, and the groups' strengths, as they are now."""
         if not self._selection.is_current():
             self._selection = Selection(self._params, *self._filters)
-        return self._selection.weights, self._selection.groups, self._selection.strengths(self._l1, self._l2)
+        weights, l1, l2 = self._selection.weights, self._l1, self._l2
+        if self._compiled_strengths is not None and torch.compiler.is_compiling():
+            # An attribute that is a float would be compiled in, and its next value compiled anew.
+            l1, l2 = (s.to(weights[0].device) for s in self._compiled_strengths)
+        return weights, self._selection.groups, self._selection.strengths(l1, l2)
+
+    def _publish_strengths(self) -> None:
+        """Leaves both strengths as tensors for compiled code, in which nothing then depends on their values."""
+        if not torch.compiler.is_compiling():
+            device = self._selection.weights[0].device
+            with torch.inference_mode(False):
+                self._compiled_strengths = [
+                    s if isinstance(s, Tensor) else torch.full((), s, dtype=accumulate_dtype(device), device=device)
+                    for s in (self._l1, self._l2)
+                ]
 
 
 def _penalty(measure: Measure | None) -> Penalty:
@@ -204,13 +224,20 @@ def _penalty(measure: Measure | None) -> Penalty:
     return Penalty(measure.total, measure.l1, measure.l2)
 
 
+class Once(ElasticNet):
+    """For a single call: without what only further calls need."""
+
+    def _publish_strengths(self) -> None:
+        pass
+
+
 def _is_transformed() -> bool:
-    """Whether a compiler, a torch.func transform or forward-mode differentiation has to see through the penalty."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    """Whether a torch.func transform or forward-mode differentiation has to see through the penalty."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# Asked once, while tracing; torch.compiler.assume_constant_result would say so too, but imports the compiler.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _repeatable(params: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastreg.elastic_net import ElasticNet, Penalty
+from fastreg.elastic_net import Once, Penalty
 from fastreg.selection import Filter, Selection
 from fastreg.strengths import Strength
 
@@ -86,7 +86,7 @@ def elastic_penalty(
     Example:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
     """
-    reg = ElasticNet(params, l1, l2, include=include, exclude=exclude, impl=impl)
+    reg = Once(params, l1, l2, include=include, exclude=exclude, impl=impl)
     return reg(return_terms=True) if return_terms else reg()
 
 
@@ -120,7 +120,7 @@ def add_elastic_grad_(
         >>> penalty = fastreg.add_elastic_grad_(model, l1=1e-5, l2=1e-4)
         >>> optimizer.step()
     """
-    return ElasticNet(params, l1, l2, include=include, exclude=exclude, impl=impl).add_grad_()
+    return Once(params, l1, l2, include=include, exclude=exclude, impl=impl).add_grad_()
 
 
 def elastic_prox_(
@@ -150,7 +150,7 @@ def elastic_prox_(
         >>> optimizer.step()
         >>> fastreg.elastic_prox_(model, l1=1e-5, lr=optimizer.param_groups[0]["lr"])
     """
-    ElasticNet(params, l1, l2, include=include, exclude=exclude, impl=impl).prox_(lr)
+    Once(params, l1, l2, include=include, exclude=exclude, impl=impl).prox_(lr)
 
 
 @torch.no_grad()

@@ -6,11 +6,14 @@ it was built from: a weight that moved, grew or changed its dtype finds another 
 
 import enum
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastreg.device_cache import DeviceCache, to_device
 
 # Elements that one Triton program reads at a time: 16 per thread of four warps.
 BLOCK = 2048
@@ -69,6 +72,7 @@ class Part:
         self.addresses: list[int] = []
         self.numels: list[int] = []
         self.groups: list[int] = []
+        self.cache = DeviceCache(device, size=8)
 
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -98,30 +102,27 @@ class Part:
         close()
         return tuple(blocks)
 
-    @functools.cached_property
+    @property
     def tables(self) -> Tables:
-        """The pointer tables of the Triton path, built with a fixed number of tensor operations."""
-        total = sum(self.numels)
-        blocks_per_chunk = min(max(-(-total // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
-        with torch.inference_mode(False):
-            numels = torch.tensor(self.numels, **HOST_INT64)
-            groups = torch.tensor(self.groups, **HOST_INT64)
-            n_chunks = -(-numels // (blocks_per_chunk * BLOCK))
-            first_chunk = n_chunks.cumsum(0) - n_chunks
-            tensors = torch.stack([torch.tensor(self.addresses, **HOST_INT64), numels, first_chunk, groups], 1)
-            chunk_tensor = torch.repeat_interleave(n_chunks).int()
-            return Tables(
-                to_device(tensors, self.device),
-                to_device(chunk_tensor, self.device),
-                to_device(groups.int()[chunk_tensor], self.device),
-                blocks_per_chunk,
-            )
+        """The pointer tables of the Triton path."""
+        return self.cache.get("tables", self._build_tables)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 -- parts live as long as the plan cache, not longer
     def grad_table(self, offsets: tuple[int, ...]) -> Tensor:
         """int64 [n_tensors]: byte offsets of the gradients from a common base, on the device."""
-        with torch.inference_mode(False):
-            return to_device(torch.tensor(offsets, **HOST_INT64), self.device)
+        return self.cache.get(offsets, lambda: to_device(torch.tensor(offsets, **HOST_INT64), self.device))
+
+    def _build_tables(self) -> Tables:
+        """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
+        total = sum(self.numels)
+        blocks_per_chunk = min(max(-(-total // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
+        chunk_size = blocks_per_chunk * BLOCK
+        n_chunks = [-(-numel // chunk_size) for numel in self.numels]
+        first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
+        rows = list(zip(self.addresses, self.numels, first_chunks, self.groups, strict=True))
+        tensors = to_device(torch.tensor(rows, **HOST_INT64), self.device)
+        counts = (tensors[:, 1] + chunk_size - 1) // chunk_size
+        chunk_tensor = torch.repeat_interleave(counts, output_size=sum(n_chunks))
+        return Tables(tensors, chunk_tensor.int(), tensors[:, 3][chunk_tensor].int(), blocks_per_chunk)
 
 
 class Plan(NamedTuple):
@@ -163,10 +164,3 @@ def _build(
         part.groups.append(groups[position])
     value_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return Plan({device: list(parts.values()) for device, parts in shards.items()}, max(groups) + 1, value_dtype)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` without waiting for it: from pinned memory, which PyTorch keeps until the copy is done."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

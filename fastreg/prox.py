@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastreg.ops import sweep
 from fastreg.plan import Mode
 from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure
-from fastreg.sweep import check_writable, sweep
+from fastreg.sweep import check_writable, counts_changes
 
 
 @torch.no_grad()
@@ -28,19 +29,20 @@ def shrink(
         RuntimeError: an inference tensor outside inference mode, likewise.
     """
     for name, w in zip(names, weights, strict=True):
-        check_writable(w, f"parameter {name!r}")
+        if not w.is_contiguous() or not counts_changes(w):
+            check_writable(w, f"parameter {name!r}")
     device = weights[0].device
-    distinct = {_key(step): step for step in steps}
-    if len(distinct) == 1:
+    # Compared, not hashed: a compiler would take a step that it hashes for a constant.
+    if all(_same(step, steps[0]) for step in steps):
         step = combine([steps[0]], device, "lr")
         found = sweep(weights, groups, Mode.PROX, strengths, scale=Scale(step, step), reduce=reduce, impl=impl)
     else:
         # Groups that differ in strength or step, with strengths that carry the step.
-        pairs = [(group, _key(step)) for group, step in zip(groups, steps, strict=True)]
-        refined = list(dict.fromkeys(pairs))
+        pairs = list(zip(groups, steps, strict=True))
+        refined = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         plain = [strengths.of_group(group) for group, _ in refined]
-        scaled = [strengths.of_group(group, Scale(distinct[key], distinct[key])) for group, key in refined]
-        fine_groups = [refined.index(pair) for pair in pairs]
+        scaled = [strengths.of_group(group, Scale(step, step)) for group, step in refined]
+        fine_groups = [refined[pair] for pair in pairs]
         found = sweep(weights, fine_groups, Mode.PROX, _combine(scaled, device), reduce=reduce, impl=impl)
         if found is not None:
             found = measure(found.sums, _combine(plain, device), found.total.dtype)
@@ -49,8 +51,9 @@ def shrink(
     return found
 
 
-def _key(step: Strength) -> float | int:
-    return id(step) if isinstance(step, Tensor) else step
+def _same(one: Strength, other: Strength) -> bool:
+    """Whether two steps are known to be equal; tensors would have to be read."""
+    return one is other or not (isinstance(one, Tensor) or isinstance(other, Tensor) or one != other)
 
 
 def _combine(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -> Strengths:

@@ -42,27 +42,21 @@ def prox(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
     return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
 
 
-def traced_sweep(
+def traced_update(
     weights: Sequence[Tensor],
     groups: Sequence[int],
     mode: Mode,
     strengths: Strengths,
     scale: Scale,
     grads: Sequence[Tensor] | None,
-    reduce: bool,
-) -> Measure | None:
-    """`sweep` over weights of any device and strides without blocks or scratch memory: a compiler fuses it anyway."""
-    found = None
-    if reduce:
-        value_dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-        found = measure(group_sums(weights, groups), strengths, value_dtype)
+) -> None:
+    """What `sweep` does to weights or gradients, of any device and strides, without blocks or scratch memory."""
     for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
         l1, l2 = strengths.of_group(group, scale)
         if mode == Mode.ACCUMULATE and grads is not None:
             grads[i].add_(gradient(w, l1, l2))
         elif mode == Mode.PROX:
             w.copy_(prox(w, l1, l2))
-    return found
 
 
 def sweep(

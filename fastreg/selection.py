@@ -36,11 +36,10 @@ class Selection:
         self.names = [c.name for c in chosen]
         self.weights = [c.tensor for c in chosen]
         # Groups of equal strengths are one, and groups that lost all their weights are none.
-        keys = [tuple(id(s) if isinstance(s, Tensor) else s for s in pair) for pair in self._own_strengths]
-        used = {keys[c.group]: self._own_strengths[c.group] for c in chosen}
-        numbers = {key: number for number, key in enumerate(used)}
-        self.groups = [numbers[keys[c.group]] for c in chosen]
-        self._own_strengths = list(used.values())
+        own = [self._own_strengths[c.group] for c in chosen]
+        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(own))}
+        self.groups = [numbers[pair] for pair in own]
+        self._own_strengths = list(numbers)
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
@@ -80,7 +79,8 @@ def _collect(
         params = list(params)
     groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
     own: list[tuple[Strength | None, Strength | None]] = []
-    candidates: dict[int, Candidate] = {}
+    # By the tensors themselves, whose hash is their identity: a compiler would take an id() for a constant.
+    candidates: dict[Tensor, Candidate] = {}
     modules: list[nn.Module] = []
     for index, group in enumerate([{"params": params}] if groups is None else groups):
         where = "" if groups is None else f"groups[{index}]."
@@ -93,7 +93,7 @@ def _collect(
         if isinstance(group["params"], nn.Module):
             modules += group["params"].modules()
         for name, tensor in _named(group["params"], where):
-            known = candidates.setdefault(id(tensor), Candidate(name, tensor, index))
+            known = candidates.setdefault(tensor, Candidate(name, tensor, index))
             if known.group != index:
                 raise ValueError(
                     f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "

@@ -1,6 +1,5 @@
 """l1 and l2 on their way to a sweep: checked, grouped, and scaled."""
 
-import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastreg.plan import to_device
+from fastreg.device_cache import DeviceCache, to_device
 
 Strength: TypeAlias = float | Tensor
 
@@ -52,10 +51,15 @@ class Measure(NamedTuple):
     sums: Tensor  # float64 [n_groups, 2]: sums of |w| and w² of each strength group
 
 
-def measure(sums: Tensor, strengths: Strengths, value_dtype: torch.dtype) -> Measure:
+def measure(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
     """The weighted terms of `sums`, each rounded once."""
     l1_term, l2_term = (strengths.l1 * sums[:, 0]).sum(), (strengths.l2 * sums[:, 1]).sum()
-    return Measure((l1_term + l2_term).to(value_dtype), l1_term.to(value_dtype), l2_term.to(value_dtype), sums)
+    return Measure((l1_term + l2_term).to(dtype), l1_term.to(dtype), l2_term.to(dtype), sums)
+
+
+def value_dtype(weights: Sequence[Tensor]) -> torch.dtype:
+    """float32, or float64 where any weight is."""
+    return torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
 
 
 def _pick(strength: Strength, group: int, factor: Strength) -> Strength:
@@ -95,7 +99,7 @@ def check_strength(value: object, name: str) -> Strength:
         number = float(value)
     except OverflowError:  # an int beyond every float
         number = math.inf
-    if not math.isfinite(number) or number < 0:
+    if not 0 <= number < math.inf:  # which a compiler can follow, unlike math.isfinite
         raise ValueError(f"{name} must be finite and at least 0, got {number}")
     return number
 
@@ -109,7 +113,6 @@ def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> S
             )
     if len(per_group) == 1:
         return per_group[0]
-    # A compiler records how a constant is made, and does not look into caches.
     constant = _new_constant if torch.compiler.is_compiling() else _constant
     floats = [s for s in per_group if not isinstance(s, Tensor)]
     if len(floats) == len(per_group):
@@ -118,12 +121,16 @@ def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> S
     return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in per_group])
 
 
-def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return to_device(torch.tensor(values, dtype=accumulate_dtype(device), device="cpu"), device)
+_CONSTANTS: dict[torch.device, DeviceCache] = {}
 
 
-@functools.lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Copied to the device once for each set of values, not at every call."""
-    with torch.inference_mode(False):
-        return _new_constant(values, device)
+    cache = _CONSTANTS.setdefault(device, DeviceCache(device, size=64))
+    dtype = accumulate_dtype(device)
+    return cache.get(values, lambda: to_device(torch.tensor(values, dtype=dtype, device="cpu"), device))
+
+
+def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """For a compiler, which records how a constant is made and does not look into caches."""
+    return torch.tensor(values, dtype=accumulate_dtype(device), device=device)

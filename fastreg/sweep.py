@@ -35,10 +35,13 @@ def sweep(
     Raises:
         RuntimeError: impl="triton" where it cannot run.
     """
-    if torch.compiler.is_compiling():
-        return reference.traced_sweep(weights, groups, mode, strengths, scale, grads, reduce)
-    dense = [w if is_dense(w) else w.contiguous() for w in weights]
-    staged = None if grads is None else [_stage(g, w, mode) for g, w in zip(grads, dense, strict=True)]
+    dense = [w if w.is_contiguous() or is_dense(w) else w.contiguous() for w in weights]
+    staged = None
+    if grads is not None:
+        staged = [
+            g if g.is_contiguous() and w.is_contiguous() else _stage(g, w, mode)
+            for g, w in zip(grads, dense, strict=True)
+        ]
     plan = plan_for(dense, groups)
     value_dtype = plan.value_dtype if reduce else None
     measures: list[Measure | None] = []
@@ -91,6 +94,11 @@ def implementation(device: torch.device, impl: str | None) -> Callable[..., Meas
     return kernels.sweep
 
 
+def uses_triton(device: torch.device, impl: str | None) -> bool:
+    """Whether `implementation` decides for Triton; raises as it does."""
+    return implementation(device, impl) is not reference.sweep
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
@@ -114,8 +122,13 @@ def check_writable(tensor: Tensor, what: str) -> None:
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     ):
         raise ValueError(f"{what} is expanded: its elements share memory; pass the tensor it views, or a clone()")
-    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if not counts_changes(tensor) and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"{what} was made in inference mode, and can be changed only there")
+
+
+def counts_changes(tensor: Tensor) -> bool:
+    """False for inference tensors, of which a compiler that traces this has none."""
+    return torch.compiler.is_compiling() or not tensor.is_inference()
 
 
 def empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:

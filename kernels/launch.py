@@ -109,4 +109,4 @@ def _grad_addresses(part: Part, grads: Sequence[Tensor] | None) -> tuple[int, Te
 def _chunk_groups(parts: Sequence[Part]) -> Tensor:
     if len(parts) == 1:
         return parts[0].tables.chunk_group
-    return torch.cat([part.tables.chunk_group for part in parts])
+    return parts[0].cache.get("groups of all parts", lambda: torch.cat([part.tables.chunk_group for part in parts]))

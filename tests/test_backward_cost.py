@@ -140,6 +140,8 @@ class NothingIsRead(TorchDispatchMode):
 
 @pytest.mark.parametrize("strengths_on_device", [True, False])
 def test_the_direct_way_reads_nothing_on_the_host(path: Path, strengths_on_device: bool) -> None:
+    if path == ("torch", "cpu"):
+        pytest.skip("there the numbers are in host memory")
     scene = with_gradients(Scene("direct", path))
     l1, l2 = torch.tensor([0.5, 0.25], device=scene.device).unbind() if strengths_on_device else (0.5, 0.25)
     factor = torch.tensor(3.0, device=scene.device)

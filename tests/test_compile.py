@@ -2,14 +2,18 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import fastreg
 from tests import oracle
 from tests.cases import L1, L2
+from tests.ways import Path
 
 BACKENDS = [
     "aot_eager",
@@ -17,6 +21,9 @@ BACKENDS = [
         "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
     ),
 ]
+
+# PyTorch's own compiler still uses what it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +33,11 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def model() -> nn.Module:
+def model(device: str) -> nn.Module:
     net = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5, dtype=torch.bfloat16), nn.Linear(3, 2).half())
     net[1].frozen = nn.Parameter(torch.ones(3), requires_grad=False)
     net[1].twin = net[0].weight
-    return net
+    return net.to(device)
 
 
 def weights_of(net: nn.Module) -> list[torch.Tensor]:
@@ -39,16 +46,16 @@ def weights_of(net: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["function", "object"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_penalty(backend: str, kind: str) -> None:
-    net = model()
-    reg = fastreg.ElasticNet(net, L1, L2, exclude="bias")
+def test_penalty(backend: str, kind: str, path: Path) -> None:
+    impl, device = path
+    net = model(device)
+    reg = fastreg.ElasticNet(net, L1, L2, exclude="bias", impl=impl)
     weights = [p for name, p in net.named_parameters() if p.requires_grad and "bias" not in name]
 
     def step() -> torch.Tensor:
         if kind == "object":
             return 2 * reg()
-        return 2 * fastreg.elastic_penalty(net, L1, L2, exclude="bias")
+        return 2 * fastreg.elastic_penalty(net, L1, L2, exclude="bias", impl=impl)
 
     found = torch.compile(step, backend=backend, fullgraph=True)()
     found.backward()
@@ -62,10 +69,10 @@ def test_penalty(backend: str, kind: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("existing", [True, False])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_add_grad(backend: str, existing: bool) -> None:
-    net = model()
-    reg = fastreg.ElasticNet(net, L1, L2)
+def test_add_grad(backend: str, existing: bool, path: Path) -> None:
+    impl, device = path
+    net = model(device)
+    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
 
     def run(call: Callable[[], fastreg.Penalty]) -> tuple[fastreg.Penalty, list[torch.Tensor]]:
         for w in weights_of(net):
@@ -82,10 +89,10 @@ def test_add_grad(backend: str, existing: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_prox(backend: str) -> None:
-    net = model()
-    reg = fastreg.ElasticNet(net, L1, L2)
+def test_prox(backend: str, path: Path) -> None:
+    impl, device = path
+    net = model(device)
+    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
     before = [w.detach().clone() for w in weights_of(net)]
 
     torch.compile(reg.prox_, backend=backend, fullgraph=True)(0.5)
@@ -97,21 +104,22 @@ def test_prox(backend: str) -> None:
         assert oracle.ulp_distance(w.detach(), expected) <= 2
 
 
+@pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_training_step(backend: str) -> None:
-    x, y = torch.randn(16, 12), torch.randint(0, 3, (16,))
+def test_training_step(backend: str, dynamic: bool | None, path: Path) -> None:
+    impl, device = path
+    x, y = torch.randn(16, 12, device=device), torch.randint(0, 3, (16,), device=device)
 
     def train(compiled: bool) -> list[torch.Tensor]:
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
-        reg = fastreg.ElasticNet(net, 1e-3, 1e-2)
+        net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).to(device)
+        reg = fastreg.ElasticNet(net, 1e-3, 1e-2, impl=impl)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
         def loss() -> torch.Tensor:
             return nn.functional.cross_entropy(net(x), y) + reg()
 
-        step = torch.compile(loss, backend=backend, fullgraph=True) if compiled else loss
+        step = torch.compile(loss, backend=backend, fullgraph=True, dynamic=dynamic) if compiled else loss
         for _ in range(5):
             optimizer.zero_grad()
             step().backward()
@@ -121,3 +129,119 @@ def test_training_step(backend: str) -> None:
     for compiled, eager in zip(train(True), train(False), strict=True):
         # Float32 rounding of five steps, in which matrix products are ordered differently.
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def compiled_with_counter(call: Callable[..., Any], dynamic: bool | None) -> tuple[Callable[..., Any], CompileCounter]:
+    counter = CompileCounter()
+    return torch.compile(call, backend=counter, fullgraph=True, dynamic=dynamic), counter
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("name", ["penalty", "add_grad_", "prox_", "groups"])
+def test_strengths_that_change_compile_nothing_again(name: str, dynamic: bool | None, path: Path) -> None:
+    impl, device = path
+    net = model(device)
+    params = [{"params": net[0]}, {"params": net[2:], "l1": 0.5}] if name == "groups" else net
+    reg = fastreg.ElasticNet(params, L1, L2, impl=impl)
+    calls = {"penalty": reg, "groups": reg, "add_grad_": lambda: reg.add_grad_().total, "prox_": lambda: reg.prox_(0.1)}
+    for w in weights_of(net):
+        w.grad = torch.zeros_like(w)
+    call, counter = compiled_with_counter(calls[name], dynamic)
+    for i in range(5):
+        reg.l1, reg.l2 = 0.01 * i, torch.tensor(0.02 * i, device=device) if i == 4 else 0.02 * i
+        before = reg().detach()
+        found = call()
+        if name == "prox_":
+            assert reg().item() < before.item() or i == 0
+        else:
+            torch.testing.assert_close(found, before, rtol=1e-6, atol=0)
+    # A float and a tensor look the same to the compiler, but for their dtype.
+    assert counter.frame_count <= 2
+    compiled = counter.frame_count
+    reg.l2 = torch.tensor(0.7, device=device)
+    call()
+    assert counter.frame_count == compiled
+
+
+@pytest.mark.parametrize("kind", ["tensor", "float"])
+def test_strengths_passed_as_arguments(kind: str, path: Path) -> None:
+    """Floats are the compiler's to generalise: it compiles once more, when the first of them changes."""
+    impl, device = path
+    net = model(device)
+
+    def step(l1: float | torch.Tensor, lr: float | torch.Tensor) -> torch.Tensor:
+        fastreg.elastic_prox_(net, l1, L2, lr=lr, impl=impl)
+        return fastreg.elastic_penalty(net, l1, L2, impl=impl)
+
+    call, counter = compiled_with_counter(step, None)
+    for i in range(1, 6):
+        strength, lr = 0.01 * i, 0.002 * i
+        given = [torch.tensor(x, device=device) if kind == "tensor" else x for x in (strength, lr)]
+        found = call(*given)
+        torch.testing.assert_close(found, fastreg.elastic_penalty(net, strength, L2, impl=impl), rtol=1e-6, atol=0)
+    assert counter.frame_count == (1 if kind == "tensor" else 2)
+
+
+def test_weights_of_changing_sizes_compile_once_more(path: Path) -> None:
+    impl, device = path
+    call, counter = compiled_with_counter(lambda w: fastreg.elastic_penalty(w, L1, L2, impl=impl), None)
+    for n in (5, 6, 7, 30):
+        w = torch.randn(n, 3, device=device, requires_grad=True)
+        call(w).backward()
+        assert w.grad is not None
+        assert oracle.ulp_distance(w.grad, oracle.gradient(w, L1, L2)) <= 2
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_an_attached_step(mode: str, path: Path) -> None:
+    impl, device = path
+
+    def train(compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        net = nn.Linear(12, 3).to(device)
+        x = torch.randn(16, 12).to(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        fastreg.ElasticNet(net, 1e-2, 1e-1, impl=impl).attach(optimizer, mode=mode)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            step()
+        return [p.detach() for p in net.parameters()]
+
+    for compiled, eager in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_transforms_inside_a_compiled_function(transform: str, path: Path) -> None:
+    impl, device = path
+    w = torch.randn(4, 6, dtype=torch.float64, device=device)
+
+    def penalty(w: torch.Tensor) -> torch.Tensor:
+        return fastreg.elastic_penalty(w, L1, L2, impl=impl)
+
+    def transformed(w: torch.Tensor) -> Any:
+        if transform == "vmap":
+            return torch.func.vmap(penalty)(w)
+        if transform == "grad":
+            return torch.func.grad(penalty)(w)
+        return torch.func.jvp(penalty, (w,), (w.cos(),))
+
+    found = torch.compile(transformed, backend="aot_eager", fullgraph=True)(w)
+    torch.testing.assert_close(found, transformed(w))
+
+
+def test_a_checkpointed_layer_in_a_compiled_step(path: Path) -> None:
+    impl, device = path
+    w = torch.randn(6, 4, device=device, requires_grad=True)
+    x = torch.randn(3, 6, device=device)
+
+    def loss() -> torch.Tensor:
+        hidden = torch.utils.checkpoint.checkpoint(lambda w: (x @ w).tanh(), w, use_reentrant=False)
+        return hidden.sum() + fastreg.elastic_penalty(w, L1, L2, impl=impl)
+
+    (expected,) = torch.autograd.grad(loss(), w)
+    torch.compile(loss, backend="aot_eager", fullgraph=True)().backward()
+    torch.testing.assert_close(w.grad, expected)

@@ -102,3 +102,48 @@ def accumulated_with_a_graph(scene: Scene) -> list[bool]:
 )
 def test_cannot_be_told_from_autograd(path: Path, scenario: Any, way: str) -> None:
     assert_same(outcome(way, path, scenario), outcome("naive", path, scenario))
+
+
+def test_a_strength_learnt_by_gradient_descent(path: Path) -> None:
+    """Through unrolled steps of ridge regression, the validation loss chooses l2 as a grid search does."""
+    impl, device = path
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
+
+    truth, x, held_out = draw(8), draw(12, 8), draw(200, 8)
+    y, target = x @ truth + 2 * draw(12), held_out @ truth
+
+    def validation_loss(l2: Tensor) -> Tensor:
+        w = torch.zeros(8, dtype=torch.float64, device=device, requires_grad=True)
+        for _ in range(10):
+            loss = (x @ w - y).square().mean() + fastreg.elastic_penalty(w, 0.0, l2, impl=impl)
+            (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+            w = w - 0.1 * gradient
+        return (held_out @ w - target).square().mean()
+
+    log_l2 = torch.tensor(-4.0, dtype=torch.float64, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([log_l2], lr=0.4)
+    for _ in range(25):
+        optimizer.zero_grad()
+        validation_loss(log_l2.exp()).backward()
+        optimizer.step()
+
+    candidates = torch.linspace(-4, 2, 13, dtype=torch.float64, device=device)
+    losses = torch.stack([validation_loss(c.exp()).detach() for c in candidates])
+    learnt = validation_loss(log_l2.exp()).item()
+    assert learnt <= losses.min().item() * 1.01
+    assert learnt < 0.9 * losses[0].item()  # there was something to learn
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_strengths_together_with_the_weights(path: Path, way: str) -> None:
+    """The usual backward pass, without a second derivative: weights and both strengths get theirs."""
+    scene = Scene(way, path)
+    reference = Scene("naive", path)
+    for s in (scene, reference):
+        s.strengths = [torch.tensor(v, device=s.device, requires_grad=True) for v in (1 / 8, 1 / 4)]
+        (2 * s.penalty(l1=s.strengths[0], l2=s.strengths[1])).backward()
+    assert_same([s.grad for s in scene.strengths], [s.grad for s in reference.strengths])
+    assert_same([w.grad for w in scene.weights], [w.grad for w in reference.weights])

@@ -1,0 +1,62 @@
+"""Small tables that kernels read: copied to a device once, and kept for the next call and for CUDA graphs."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+# What a captured graph reads at every replay. Nothing tells when the last graph is gone, so this only grows: by some
+# kilobytes for each model that is captured.
+_CAPTURED: dict[int, object] = {}
+
+
+class DeviceCache:
+    """The tables of one device, by a key; the oldest makes room for the one after `size`."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device = device
+        self._size = size
+        self._tables: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` made for `key`, now or earlier."""
+        found: T | None = self._tables.get(key)
+        if found is not None:
+            if is_capturing(self.device):
+                _CAPTURED[id(found)] = found
+            return found
+        # In inference mode too, tables are for every later call.
+        with torch.inference_mode(False):
+            built = build()
+        # A table built during capture is in the graph's own memory, and filled by its replays only.
+        if not is_capturing(self.device):
+            while len(self._tables) >= self._size:
+                self._tables.pop(next(iter(self._tables)), None)
+            self._tables[key] = built
+        return built
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host tensor on `device`, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if is_capturing(device):
+        return written_by_kernels(tensor, device)
+    # PyTorch keeps pinned memory until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def written_by_kernels(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same without a copy: the numbers travel as arguments of kernels, which a graph keeps with them."""
+    flat = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=device)
+    if tensor.numel():
+        torch._foreach_add_(flat.unbind(), tensor.flatten().tolist())
+    return flat.view(tensor.shape)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on `device` now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
