@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreg import reference
+from fastreg.dtensor import any_dtensor, as_dtensors, as_placed, is_dtensor, local, local_parts
 from fastreg.ops import sweep
 from fastreg.plan import Mode
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure
@@ -25,6 +26,7 @@ class Call(NamedTuple):
 
     groups: Sequence[int]
     impl: str | None
+    all_reduce: bool = True
 
 
 class ElasticPenaltyFunction(torch.autograd.Function):
@@ -43,8 +45,9 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         mode = Mode.VALUE
         if any(ctx.needs_input_grad[3:]) and is_observed(weights):
             mode = Mode.GRADIENT
-            ctx.gradients = empty_gradients(weights)
-        found = sweep(weights, call.groups, mode, Strengths(l1, l2), grads=ctx.gradients, impl=call.impl)
+            ctx.gradients = _empty_gradients(weights)
+        keywords: dict[str, Any] = {"impl": call.impl, "all_reduce": call.all_reduce}
+        found = sweep(weights, call.groups, mode, Strengths(l1, l2), grads=ctx.gradients, **keywords)
         assert found is not None
         # Saving something is also what makes a second backward through a freed graph fail as it should.
         saved = [s for s in (l1, l2) if isinstance(s, Tensor)] + [w for w in weights if not w.is_leaf]
@@ -62,7 +65,7 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         if all(grad is None for grad in upstream):
             return None, None, None, *none
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, weights, strengths, scale)
+            return _differentiable_backward(ctx, weights, sums, strengths, scale)
         strength_grads = [
             (factor * column if s.ndim else factor * column.sum()).to(s) if needed and isinstance(s, Tensor) else None
             for s, factor, column, needed in zip(
@@ -89,6 +92,7 @@ def add_gradients(
     scale: Scale = UNSCALED,
     reduce: bool,
     impl: str | None,
+    all_reduce: bool = True,
     names: Sequence[str] | None = None,
 ) -> Measure | None:
     """Adds the gradient of the penalty to .grad, which is created where it is None, in one sweep.
@@ -98,17 +102,28 @@ def add_gradients(
         ValueError, RuntimeError: a .grad that cannot be changed in place, likewise.
     """
     grads = _present_grads(weights, names)
-    found = sweep(weights, groups, Mode.ACCUMULATE, strengths, scale=scale, grads=grads, reduce=reduce, impl=impl)
+    keywords: dict[str, Any] = {"scale": scale, "reduce": reduce, "impl": impl, "all_reduce": all_reduce}
+    found = sweep(weights, groups, Mode.ACCUMULATE, strengths, grads=grads, **keywords)
     for w, grad in zip(weights, grads, strict=True):
         if w.grad is not grad:
             w.grad = grad
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(grads)
+        mark_changed(grads)
     return found
+
+
+def mark_changed(tensors: Sequence[Tensor]) -> None:
+    """Lets graphs that saved one of them notice that it was changed; of a DTensor, also those that saved its part."""
+    torch.autograd.graph.increment_version(tensors)
+    if any_dtensor(tensors):
+        torch.autograd.graph.increment_version([local(t) for t in tensors if is_dtensor(t)])
 
 
 def versions(weights: Sequence[Tensor | None]) -> list[int]:
     """How often each weight was changed in place, as far as that is counted."""
+    if "torch.distributed.tensor" in sys.modules:
+        # A DTensor and its part count separately.
+        weights = [*weights, *(local(w) for w in weights if w is not None and is_dtensor(w))]
     try:
         return [w._version for w in weights]  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):  # a None, an inference tensor
@@ -127,8 +142,9 @@ def check_versions(weights: Sequence[Tensor | None], expected: Sequence[int]) ->
 def is_observed(weights: Sequence[Tensor]) -> bool:
     """Whether anybody but .grad would see these weights' gradients, as far as that is known before backward runs."""
     # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
-    # differently, only what passes through those hooks is averaged.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
+    # itself, on a stream that is safe to follow only when the backward pass is over.
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and not any_dtensor(weights):
         return True
     if torch.is_anomaly_enabled() or not _HAS_ENGINE_ENTRY_POINTS or _compiled_autograd():
         return True
@@ -209,7 +225,9 @@ def _queue(
             targets, of_groups = [weights[i] for i in alive], [groups[i] for i in alive]
             add_gradients(targets, of_groups, strengths, scale=scale, reduce=False, impl=impl)
 
-    torch.autograd.Variable._execution_engine.queue_callback(accumulate)
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
+    queue(lambda: queue(accumulate))
 
 
 def _stream_follower(device: torch.device) -> Callable[[Scale], None]:
@@ -234,14 +252,19 @@ def _gradients(ctx: Any, weights: Sequence[Tensor], strengths: Strengths, scale:
     groups = ctx.call.groups
     if any(_is_batched(factor) for factor in scale):
         # Many upstream gradients at once, by torch.autograd.grad(is_grads_batched=True): only expressions can follow.
-        grads = [reference.gradient(w, *strengths.of_group(g, scale)) for w, g in zip(weights, groups, strict=True)]
+        pairs = zip(local_parts(weights), groups, strict=True)
+        grads = as_dtensors([reference.gradient(w, *strengths.of_group(g, scale)) for w, g in pairs], weights)
     else:
         grads, mode = ctx.gradients, Mode.RESCALE
         if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
-            grads, mode = empty_gradients(weights), Mode.GRADIENT
+            grads, mode = _empty_gradients(weights), Mode.GRADIENT
         ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
         sweep(weights, groups, mode, strengths, scale=scale, grads=grads, reduce=False, impl=ctx.call.impl)
     return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[3:], strict=True)]
+
+
+def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
+    return as_dtensors(empty_gradients(local_parts(weights)), weights)
 
 
 def _is_batched(factor: Strength) -> bool:
@@ -250,10 +273,14 @@ def _is_batched(factor: Strength) -> bool:
 
 
 def _differentiable_backward(
-    ctx: Any, weights: Sequence[Tensor], strengths: Strengths, scale: Scale
+    ctx: Any, weights: Sequence[Tensor], of_all_ranks: Tensor, strengths: Strengths, scale: Scale
 ) -> tuple[Tensor | None, ...]:
     """The backward pass as a graph of its own, for create_graph=True."""
-    sums = reference.group_sums(weights, ctx.call.groups)
+    visible: list[Any] = [w.to_local() if is_dtensor(w) else w for w in weights]  # type: ignore[attr-defined]
+    sums = reference.group_sums(visible, ctx.call.groups)
+    if any_dtensor(weights):
+        # The sums of all ranks, with the derivatives of this rank's.
+        sums = sums + (of_all_ranks - sums).detach()
     terms = measure(sums, strengths, sums.dtype)[1:3]
     inputs: list[Any] = [*strengths, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
@@ -279,9 +306,11 @@ def _sum(total: Tensor | None, term: Tensor | None) -> Strength:
 def _present_grads(weights: Sequence[Tensor], names: Sequence[str] | None) -> list[Tensor]:
     """`_present_grad` of each weight; the usual case is decided here, without a call per weight."""
     grads = [w.grad for w in weights]
+    distributed = any_dtensor(weights)
     for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
         if (
-            grad is None
+            distributed
+            or grad is None
             or grad.layout is not torch.strided
             or grad.dtype is not w.dtype
             or grad.get_device() != w.get_device()
@@ -294,7 +323,15 @@ def _present_grads(weights: Sequence[Tensor], names: Sequence[str] | None) -> li
 
 def _present_grad(weight: Tensor, name: str) -> Tensor:
     """`weight.grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
-    grad = weight.grad
+    if not is_dtensor(weight):
+        return _usable(weight.grad, weight, name)
+    grad = None if weight.grad is None else as_placed(weight.grad, weight)
+    part = None if grad is None else local(grad)
+    usable = _usable(part, local(weight), name)
+    return grad if grad is not None and usable is part else as_dtensors([usable], [weight])[0]
+
+
+def _usable(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
     if grad is None:
         # The strides that autograd would give it (its layout contract, in accumulate_grad.h).
         layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format

@@ -102,10 +102,10 @@ class ElasticNet:
         self._publish_strengths()
 
     @overload
-    def __call__(self, *, return_terms: Literal[False] = False) -> Tensor: ...
+    def __call__(self, *, return_terms: Literal[False] = False, reduce: bool = True) -> Tensor: ...
     @overload
-    def __call__(self, *, return_terms: Literal[True]) -> Penalty: ...
-    def __call__(self, *, return_terms: bool = False) -> Tensor | Penalty:
+    def __call__(self, *, return_terms: Literal[True], reduce: bool = True) -> Penalty: ...
+    def __call__(self, *, return_terms: bool = False, reduce: bool = True) -> Tensor | Penalty:
         """The penalty of the weights as they are now; see `elastic_penalty`."""
         weights, groups, strengths = self._current()
         if _is_transformed():
@@ -113,14 +113,15 @@ class ElasticNet:
         elif torch.compiler.is_compiling():
             penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))
         elif torch.is_grad_enabled():
-            penalty = Penalty(*ElasticPenaltyFunction.apply(Call(groups, self._impl), *strengths, *weights))
+            call = Call(groups, self._impl, all_reduce=reduce)
+            penalty = Penalty(*ElasticPenaltyFunction.apply(call, *strengths, *weights))
         else:
-            penalty = _penalty(sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))
+            penalty = _penalty(sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl, all_reduce=reduce))
         return penalty if return_terms else penalty.total
 
-    def add_grad_(self) -> Penalty:
+    def add_grad_(self, *, reduce: bool = True) -> Penalty:
         """Adds the penalty's gradient to .grad and returns the penalty; see `add_elastic_grad_`."""
-        return self._add_grad(UNSCALED)
+        return self._add_grad(UNSCALED, reduce=reduce)
 
     def prox_(self, lr: Strength) -> None:
         """Shrinks the weights by the proximal step of size `lr`; see `elastic_prox_`."""
@@ -172,11 +173,14 @@ class ElasticNet:
         n_elements = sum(w.numel() for w in self._selection.weights)
         return f"ElasticNet({len(self._selection.weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
 
-    def _add_grad(self, scale: Scale, learning_rates: dict[int, Strength] | None = None) -> Penalty:
+    def _add_grad(
+        self, scale: Scale, learning_rates: dict[int, Strength] | None = None, reduce: bool = True
+    ) -> Penalty:
         weights, groups, strengths = self._current()
         if learning_rates is not None:
             self._steps(weights, learning_rates)  # for its check
         keywords: dict[str, Any] = {"scale": scale, "impl": self._impl, "names": self._selection.names}
+        keywords["all_reduce"] = reduce
         return _penalty(add_gradients(weights, groups, strengths, reduce=True, **keywords))
 
     def _step_grad(self, learning_rates: dict[int, Strength], scale: Scale) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg import reference
+from fastreg import distributed, reference
 from fastreg import sweep as eager
+from fastreg.dtensor import any_dtensor, hides_dtensor
 from fastreg.plan import Mode
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure, value_dtype
 
@@ -30,11 +31,15 @@ def sweep(
     grads: Sequence[Tensor] | None = None,
     reduce: bool = True,
     impl: str | None = None,
+    all_reduce: bool = True,
 ) -> Measure | None:
-    """`fastreg.sweep.sweep`, and inside a compiler its equivalent for VALUE, ACCUMULATE and PROX."""
+    """`fastreg.sweep.sweep`, for DTensors too, and inside a compiler its equivalent for VALUE, ACCUMULATE and PROX."""
     keywords: dict[str, Any] = {"scale": scale, "grads": grads, "reduce": reduce, "impl": impl}
-    run = traced_sweep if torch.compiler.is_compiling() else eager.sweep
-    return run(weights, groups, mode, strengths, **keywords)
+    if torch.compiler.is_compiling():
+        return traced_sweep(weights, groups, mode, strengths, **keywords)
+    if any_dtensor(weights):
+        return distributed.sweep(weights, groups, mode, strengths, all_reduce=all_reduce, **keywords)
+    return eager.sweep(weights, groups, mode, strengths, **keywords)
 
 
 def traced_sweep(
@@ -48,7 +53,15 @@ def traced_sweep(
     reduce: bool = True,
     impl: str | None = None,
 ) -> Measure | None:
-    """The same in terms of operators that autograd, compilers and transforms see through."""
+    """The same in terms of operators that autograd, compilers and transforms see through.
+
+    Raises:
+        RuntimeError: DTensor weights, whose sums over ranks are not among them.
+    """
+    if any_dtensor(weights) or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
+        raise RuntimeError(
+            "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
+        )
     if not any(eager.uses_triton(w.device, impl) for w in weights):
         sums = reference.group_sums(weights, groups) if reduce else None
         reference.traced_update(weights, groups, mode, strengths, scale, grads)

@@ -18,6 +18,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastreg.distributed import Census
+from fastreg.dtensor import any_dtensor, local_parts
 from fastreg.elastic_net import Once, Penalty
 from fastreg.selection import Filter, Selection
 from fastreg.strengths import Strength
@@ -32,6 +34,7 @@ def elastic_penalty(
     include: Filter = None,
     exclude: Filter = None,
     return_terms: Literal[False] = False,
+    reduce: bool = True,
     impl: Literal["triton", "torch"] | None = None,
 ) -> Tensor: ...
 @overload
@@ -43,6 +46,7 @@ def elastic_penalty(
     include: Filter = None,
     exclude: Filter = None,
     return_terms: Literal[True],
+    reduce: bool = True,
     impl: Literal["triton", "torch"] | None = None,
 ) -> Penalty: ...
 def elastic_penalty(
@@ -53,6 +57,7 @@ def elastic_penalty(
     include: Filter = None,
     exclude: Filter = None,
     return_terms: bool = False,
+    reduce: bool = True,
     impl: Literal["triton", "torch"] | None = None,
 ) -> Tensor | Penalty:
     """The L1 + L2 penalty of all weights, l1 * Σ|w| + l2 * Σw², to add to a loss.
@@ -71,6 +76,9 @@ def elastic_penalty(
         include, exclude: which parameters count: a regular expression searched in the name, or a callable
             (name, param) -> bool. exclude wins. `bias_and_norm` is a ready one for `exclude`.
         return_terms: return the `Penalty` (total, l1, l2) instead of the total alone.
+        reduce: for DTensor weights: sum over the ranks that hold the shards, one all-reduce of two numbers per mesh and
+            strength group. With False every rank gets its own terms, whose sum over all ranks is the penalty: to be
+            summed together with other metrics. The gradient is the same either way.
         impl: "triton" or "torch" to force an implementation; None takes Triton for CUDA and ROCm tensors where it is
             installed, else PyTorch.
 
@@ -87,7 +95,7 @@ def elastic_penalty(
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
     """
     reg = Once(params, l1, l2, include=include, exclude=exclude, impl=impl)
-    return reg(return_terms=True) if return_terms else reg()
+    return reg(return_terms=True, reduce=reduce) if return_terms else reg(reduce=reduce)
 
 
 def add_elastic_grad_(
@@ -97,6 +105,7 @@ def add_elastic_grad_(
     *,
     include: Filter = None,
     exclude: Filter = None,
+    reduce: bool = True,
     impl: Literal["triton", "torch"] | None = None,
 ) -> Penalty:
     """Adds the penalty's gradient, l1 * sign(w) + 2 * l2 * w, to .grad, and returns the penalty, in one pass.
@@ -120,7 +129,7 @@ def add_elastic_grad_(
         >>> penalty = fastreg.add_elastic_grad_(model, l1=1e-5, l2=1e-4)
         >>> optimizer.step()
     """
-    return Once(params, l1, l2, include=include, exclude=exclude, impl=impl).add_grad_()
+    return Once(params, l1, l2, include=include, exclude=exclude, impl=impl).add_grad_(reduce=reduce)
 
 
 def elastic_prox_(
@@ -165,6 +174,12 @@ def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> 
     total = sum(w.numel() for w in weights)
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")
+    device = weights[0].device
     with torch._C.DisableTorchFunctionSubclass():
-        nonzero = torch.stack([torch.count_nonzero(w).to(weights[0].device) for w in weights]).sum()
+        counts = [torch.count_nonzero(part).to(device) for part in local_parts(weights)]
+        if any_dtensor(weights):
+            census = Census(weights, reduce=True)
+            nonzero = census.total(counts, census.domains)
+        else:
+            nonzero = torch.stack(counts).sum()
         return ((total - nonzero).double() / total).float()

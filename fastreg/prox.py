@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastreg.autograd import mark_changed
+from fastreg.dtensor import local_parts
 from fastreg.ops import sweep
 from fastreg.plan import Mode
 from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure
@@ -28,7 +30,7 @@ def shrink(
         ValueError: a weight whose elements share memory, before anything is written.
         RuntimeError: an inference tensor outside inference mode, likewise.
     """
-    for name, w in zip(names, weights, strict=True):
+    for name, w in zip(names, local_parts(weights), strict=True):
         if not w.is_contiguous() or not counts_changes(w):
             check_writable(w, f"parameter {name!r}")
     device = weights[0].device
@@ -47,7 +49,7 @@ def shrink(
         if found is not None:
             found = measure(found.sums, _combine(plain, device), found.total.dtype)
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(weights)
+        mark_changed(weights)
     return found
 
 

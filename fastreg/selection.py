@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastreg.dtensor import is_dtensor, is_fsdp1, local, problem_with, resharding
 from fastreg.strengths import Strength, Strengths, check_strength, combine
 
 Filter: TypeAlias = str | re.Pattern[str] | Callable[[str, Tensor], bool] | None
@@ -33,6 +34,7 @@ class Selection:
         self._contents: list[tuple[dict[str, Any], tuple[Any, ...]]] = [(d, tuple(d.values())) for d in contents]
         self._requires_grad = [c.tensor.requires_grad for c in self._candidates]
         chosen = _choose(self._candidates, _matcher(include, "include"), _matcher(exclude, "exclude"))
+        _check_fsdp(chosen, modules)
         self.names = [c.name for c in chosen]
         self.weights = [c.tensor for c in chosen]
         # Groups of equal strengths are one, and groups that lost all their weights are none.
@@ -157,11 +159,33 @@ def check_weight(name: str, tensor: Tensor) -> None:
         problem = f"has dtype {tensor.dtype}; supported are float64, float32, bfloat16 and float16, so exclude it"
     elif tensor.device.type == "meta":
         problem = "is on the meta device and has no values; materialise it with to_empty() and initialise it"
+    elif is_dtensor(tensor):
+        found = problem_with(tensor)
+        if found is None:
+            # Of a kind that has a penalty, as far as the ranks agree on: they all raise, or none does.
+            check_weight(name, local(tensor))
+            return
+        problem = found
     elif type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         problem = f"is a {type(tensor).__name__}, a tensor subclass whose memory cannot be read; exclude it"
     else:
         return
     raise TypeError(f"parameter {name!r} {problem}")
+
+
+def _check_fsdp(chosen: list[Candidate], modules: list[nn.Module]) -> None:
+    if any(map(is_fsdp1, modules)):
+        raise TypeError(
+            "params is wrapped by FullyShardedDataParallel, whose flattened shards hide which weight is which; shard "
+            "it with torch.distributed.fsdp.fully_shard instead"
+        )
+    gathered = resharding(modules)
+    for c in chosen:
+        if id(c.tensor) in gathered:
+            raise RuntimeError(
+                f"parameter {c.name!r} is gathered by FSDP at this moment, between forward and backward; call this "
+                "before the forward pass, or after backward as attach() does, or shard with reshard_after_forward=True"
+            )
 
 
 def _matcher(pattern: Filter, which: str) -> Callable[[str, Tensor], bool]:

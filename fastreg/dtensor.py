@@ -1,0 +1,108 @@
+"""DTensors from where a sweep stands: the part of a weight that is in this rank's memory."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a torch.distributed.tensor.DTensor; imports nothing: where none was made, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is one; costs nothing in a process that has not imported DTensor."""
+    return "torch.distributed.tensor" in sys.modules and any(map(is_dtensor, tensors))
+
+
+def hides_dtensor(tensor: Tensor) -> bool:
+    """Whether a torch.func transform has wrapped a DTensor, which then no longer shows."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return is_dtensor(tensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in its own memory; a plain tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Any = tensor.to_local()  # type: ignore[attr-defined]
+    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
+
+
+def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`local` of each."""
+    return [local(t) for t in tensors] if any_dtensor(tensors) else tensors
+
+
+def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Each part as a DTensor with the placements of its weight, where that is one; no communication."""
+    return [_like(part, w) if is_dtensor(w) else part for part, w in zip(parts, weights, strict=True)]
+
+
+def as_placed(tensor: Tensor, weight: Tensor) -> Tensor:
+    """`tensor` with the placements of the DTensor `weight`; itself where it has them, as gradients nearly always do."""
+    other: Any = weight
+    mesh, placements = other.device_mesh, other.placements
+    found: Any = tensor
+    if not is_dtensor(tensor) or found.device_mesh != mesh:
+        raise TypeError(
+            f"a .grad of shape {tuple(tensor.shape)} is not a DTensor on the mesh of its weight; "
+            "distribute it as the weight is, or set it to None"
+        )
+    return found if found.placements == placements else found.redistribute(mesh, placements)  # type: ignore[no-any-return]
+
+
+def problem_with(tensor: Tensor) -> str | None:
+    """Why a DTensor has no penalty as it is, as the end of a sentence."""
+    weight: Any = tensor
+    if any(placement.is_partial() for placement in weight.placements):
+        return (
+            "is a DTensor with a Partial placement, a sum not formed yet; redistribute() it to Shard or Replicate first"
+        )
+    if weight.device_mesh.get_coordinate() is None:
+        return "is on a mesh that this rank is not part of; leave it out here"
+    return None
+
+
+def resharding(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of parameters that FSDP2 shows in place of its sharded ones between forward and backward.
+
+    Their gradients may come too late for it. FSDP2 has no public way of asking: where these names are missing in some
+    version, none are found.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return set()
+    found = set()
+    owners: list[Any] = [module for module in modules if hasattr(module, "_get_fsdp_state")]
+    for owner in owners:
+        state = owner._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            if group is None or getattr(group, "is_sharded", True):
+                continue
+            for param in group.fsdp_params:
+                for name in ("_unsharded_param", "_sharded_post_forward_param"):
+                    found.add(id(getattr(param, name, None)))
+    return found
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether `module` is wrapped by the older FullyShardedDataParallel."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def _like(part: Tensor, weight: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    other: Any = weight
+    return DTensor.from_local(
+        part, other.device_mesh, other.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
