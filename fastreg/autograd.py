@@ -7,6 +7,7 @@ in which .grad receives them and the data's gradient may differ.
 """
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
         # to wherever activations go.
         ctx.leaves = [w if w.is_leaf else None for w in weights]
-        ctx.versions = versions(ctx.leaves)
+        ctx.versions = Versions(ctx.leaves)
         ctx.gradients = None
         mode = Mode.VALUE
         if any(ctx.needs_input_grad[3:]) and is_observed(weights):
@@ -60,7 +61,7 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         l1, l2 = (saved.pop(0) if value is None else value for value in ctx.floats)
         weights = [saved.pop(0) if leaf is None else leaf for leaf in ctx.leaves]
         strengths, scale = Strengths(l1, l2), _scale(*upstream)
-        check_versions(ctx.leaves, ctx.versions)
+        ctx.versions.check(ctx.leaves)
         none = [None] * len(weights)
         if all(grad is None for grad in upstream):
             return None, None, None, *none
@@ -119,24 +120,37 @@ def mark_changed(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version([local(t) for t in tensors if is_dtensor(t)])
 
 
-def versions(weights: Sequence[Tensor | None]) -> list[int]:
+class Versions:
     """How often each weight was changed in place, as far as that is counted."""
-    if "torch.distributed.tensor" in sys.modules:
-        # A DTensor and its part count separately.
-        weights = [*weights, *(local(w) for w in weights if w is not None and is_dtensor(w))]
+
+    def __init__(self, weights: Sequence[Tensor | None]) -> None:
+        self._counts = _counts(weights)
+        # The part of a DTensor counts by itself. FSDP2 may give a weight another part, which says nothing.
+        distributed = any_dtensor(weights)
+        parts = [(i, local(w)) for i, w in enumerate(weights) if distributed and w is not None and is_dtensor(w)]
+        self._parts = [(i, weakref.ref(part), _counts([part])) for i, part in parts]
+
+    def check(self, weights: Sequence[Tensor | None]) -> None:
+        """Raises as saved tensors do where one of the same weights was changed in place since."""
+        changed = _counts(weights) != self._counts
+        for i, part, counts in self._parts:
+            weight = weights[i]
+            assert weight is not None
+            now = local(weight)
+            changed |= part() is now and _counts([now]) != counts
+        if changed:
+            raise RuntimeError(
+                "one of the weights needed for the gradient of the elastic penalty was modified by an in-place "
+                "operation between forward and backward; call backward before optimizer.step(), or compute the "
+                "penalty again"
+            )
+
+
+def _counts(weights: Sequence[Tensor | None]) -> list[int]:
     try:
         return [w._version for w in weights]  # type: ignore[union-attr]
     except (AttributeError, RuntimeError):  # a None, an inference tensor
         return [0 if w is None or w.is_inference() else w._version for w in weights]
-
-
-def check_versions(weights: Sequence[Tensor | None], expected: Sequence[int]) -> None:
-    """Raises as saved tensors do where a weight was changed in place since `expected` was taken."""
-    if versions(weights) != expected:
-        raise RuntimeError(
-            "one of the weights needed for the gradient of the elastic penalty was modified by an in-place operation "
-            "between forward and backward; call backward before optimizer.step(), or compute the penalty again"
-        )
 
 
 def is_observed(weights: Sequence[Tensor]) -> bool:
@@ -212,14 +226,14 @@ def _queue(
     weights: Sequence[Tensor], groups: Sequence[int], strengths: Strengths, scale: Scale, impl: str | None
 ) -> None:
     """Adds the weights' gradients to .grad once the running backward pass has finished."""
-    expected = versions(weights)
+    expected = Versions(weights)
     # By then an optimizer of the strengths may have stepped in a hook.
     strengths = Strengths(*(s.clone() if isinstance(s, Tensor) else s for s in strengths))
     follow = _stream_follower(weights[0].device)
 
     def accumulate() -> None:
         follow(scale)
-        check_versions(weights, expected)
+        expected.check(weights)
         alive = [i for i, w in enumerate(weights) if w.requires_grad]  # autograd leaves out what was frozen since
         if alive:
             targets, of_groups = [weights[i] for i in alive], [groups[i] for i in alive]

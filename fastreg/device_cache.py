@@ -1,7 +1,7 @@
 """Small tables that kernels read: copied to a device once, and kept for the next call and for CUDA graphs."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,30 +13,55 @@ T = TypeVar("T")
 _CAPTURED: dict[int, object] = {}
 
 
+class _Entry(NamedTuple):
+    table: Any  # a tensor, or a tuple with tensors in it
+    filled: Any  # the event of that, and the stream it was recorded on; None where there are no streams
+
+
 class DeviceCache:
     """The tables of one device, by a key; the oldest makes room for the one after `size`."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device = device
         self._size = size
-        self._tables: dict[Hashable, Any] = {}
+        self._entries: dict[Hashable, _Entry] = {}
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` made for `key`, now or earlier."""
-        found: T | None = self._tables.get(key)
-        if found is not None:
+        entry = self._entries.get(key)
+        if entry is not None:
             if is_capturing(self.device):
-                _CAPTURED[id(found)] = found
-            return found
+                _CAPTURED[id(entry.table)] = entry.table
+            elif entry.filled is not None:
+                _follow(entry)
+            return entry.table  # type: ignore[no-any-return]
         # In inference mode too, tables are for every later call.
         with torch.inference_mode(False):
             built = build()
         # A table built during capture is in the graph's own memory, and filled by its replays only.
         if not is_capturing(self.device):
-            while len(self._tables) >= self._size:
-                self._tables.pop(next(iter(self._tables)), None)
-            self._tables[key] = built
+            while len(self._entries) >= self._size:
+                self._entries.pop(next(iter(self._entries)), None)
+            self._entries[key] = _Entry(built, _record(self.device))
         return built
+
+
+def _record(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.current_stream(device)
+    return stream.record_event(), stream
+
+
+def _follow(entry: _Entry) -> None:
+    """Makes the current stream wait for a table that another one has filled, and the allocator for the current one."""
+    filled, producer = entry.filled
+    stream = torch.cuda.current_stream(producer.device)
+    if stream != producer:
+        stream.wait_event(filled)
+        for part in entry.table if isinstance(entry.table, tuple) else (entry.table,):
+            if isinstance(part, torch.Tensor):
+                part.record_stream(stream)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether `tensor` is a torch.distributed.tensor.DTensor; imports nothing: where none was made, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def any_dtensor(tensors: Iterable[Tensor]) -> bool:
+def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
     """Whether any of them is one; costs nothing in a process that has not imported DTensor."""
     return "torch.distributed.tensor" in sys.modules and any(map(is_dtensor, tensors))
 
@@ -31,8 +31,8 @@ def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, in its own memory; a plain tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    with torch.no_grad():
-        part: Any = tensor.to_local()  # type: ignore[attr-defined]
+    # Not to_local(), which in some versions makes a new tensor of the same memory.
+    part: Any = tensor._local_tensor  # type: ignore[attr-defined]
     return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
 
 

@@ -64,7 +64,8 @@ class ElasticNet:
         self._selection.strengths(self._l1, self._l2)
         self._attachment: Attachment | None = None
         self.last: Penalty | None = None
-        self._compiled_strengths: list[Tensor] | None = None
+        self._buffers: list[Tensor] = []
+        self._published: tuple[Tensor | None, ...] | None = None
         self._publish_strengths()
 
     @classmethod
@@ -84,7 +85,7 @@ class ElasticNet:
     @property
     def l1(self) -> Strength:
         """Strength of Σ|w| where a group has none of its own: a float, or a 0-dim tensor read on the device."""
-        return self._l1
+        return self._l1 if self._published is None or not torch.compiler.is_compiling() else self._published_strength(0)
 
     @l1.setter
     def l1(self, value: Strength) -> None:
@@ -94,7 +95,7 @@ class ElasticNet:
     @property
     def l2(self) -> Strength:
         """Strength of Σw² where a group has none of its own: a float, or a 0-dim tensor read on the device."""
-        return self._l2
+        return self._l2 if self._published is None or not torch.compiler.is_compiling() else self._published_strength(1)
 
     @l2.setter
     def l2(self, value: Strength) -> None:
@@ -206,21 +207,31 @@ class ElasticNet:
         """Weights, their groups, and the groups' strengths, as they are now."""
         if not self._selection.is_current():
             self._selection = Selection(self._params, *self._filters)
-        weights, l1, l2 = self._selection.weights, self._l1, self._l2
-        if self._compiled_strengths is not None and torch.compiler.is_compiling():
-            # An attribute that is a float would be compiled in, and its next value compiled anew.
-            l1, l2 = (s.to(weights[0].device) for s in self._compiled_strengths)
-        return weights, self._selection.groups, self._selection.strengths(l1, l2)
+        return self._selection.weights, self._selection.groups, self._selection.strengths(self.l1, self.l2)
 
     def _publish_strengths(self) -> None:
-        """Leaves both strengths as tensors for compiled code, in which nothing then depends on their values."""
-        if not torch.compiler.is_compiling():
+        """Leaves both strengths as tensors for compiled code, in which nothing then depends on their values.
+
+        The tensor of a float is written in place from then on, so that a CUDA graph of compiled code follows.
+        """
+        if torch.compiler.is_compiling():
+            # Assigned by the very code that is compiled, which knows the value.
+            self._published = None
+            return
+        if not self._buffers:
             device = self._selection.weights[0].device
             with torch.inference_mode(False):
-                self._compiled_strengths = [
-                    s if isinstance(s, Tensor) else torch.full((), s, dtype=accumulate_dtype(device), device=device)
-                    for s in (self._l1, self._l2)
-                ]
+                self._buffers = [torch.zeros((), dtype=accumulate_dtype(device), device=device) for _ in range(2)]
+        for strength, buffer in zip((self._l1, self._l2), self._buffers, strict=True):
+            if not isinstance(strength, Tensor):
+                buffer.fill_(strength)
+        self._published = tuple(s if isinstance(s, Tensor) else None for s in (self._l1, self._l2))
+
+    def _published_strength(self, which: int) -> Tensor:
+        """Not a look at a float, which would be compiled in, and its next value compiled anew."""
+        assert self._published is not None
+        given = self._published[which]
+        return self._buffers[which].to(self._selection.weights[0].device) if given is None else given
 
 
 def _penalty(measure: Measure | None) -> Penalty:

@@ -18,6 +18,9 @@ from fastreg.plan import Mode
 from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure, value_dtype
 
 _UNIT = Strengths(1.0, 1.0)
+# mode="reduce-overhead" would let tables that outlive a call be allocated in memory that it takes back. Graphs that are
+# captured by hand do not.
+_TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None]
 
 
 @torch.no_grad()
@@ -79,6 +82,7 @@ def traced_sweep(
 @torch.library.custom_op(
     "fastreg::group_sums",
     mutates_args=(),
+    tags=_TAGS,
     schema="(Tensor[] weights, int[] groups, int n_groups, str? impl) -> Tensor",
 )
 def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
@@ -89,6 +93,7 @@ def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: st
 @torch.library.custom_op(
     "fastreg::gradients",
     mutates_args=(),
+    tags=_TAGS,
     schema="(Tensor[] weights, int[] groups, Tensor l1, Tensor l2, str? impl) -> Tensor[]",
 )
 def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
@@ -101,6 +106,7 @@ def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, 
 @torch.library.custom_op(
     "fastreg::add_gradient_",
     mutates_args=("grads",),
+    tags=_TAGS,
     schema="(Tensor(a!)[] grads, Tensor[] weights, int[] groups, Tensor l1, Tensor l2, bool reduce, str? impl)"
     " -> Tensor",
 )
@@ -121,6 +127,7 @@ def add_gradient_(
 @torch.library.custom_op(
     "fastreg::prox_",
     mutates_args=("weights",),
+    tags=_TAGS,
     schema="(Tensor(a!)[] weights, int[] groups, Tensor l1, Tensor l2, bool reduce, str? impl) -> Tensor",
 )
 def prox_(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, reduce: bool, impl: str | None) -> Tensor:

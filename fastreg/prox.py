@@ -9,7 +9,7 @@ from fastreg.autograd import mark_changed
 from fastreg.dtensor import local_parts
 from fastreg.ops import sweep
 from fastreg.plan import Mode
-from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure
+from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure, same
 from fastreg.sweep import check_writable, counts_changes
 
 
@@ -34,17 +34,15 @@ def shrink(
         if not w.is_contiguous() or not counts_changes(w):
             check_writable(w, f"parameter {name!r}")
     device = weights[0].device
-    # Compared, not hashed: a compiler would take a step that it hashes for a constant.
-    if all(_same(step, steps[0]) for step in steps):
+    if all(same(step, steps[0]) for step in steps):
         step = combine([steps[0]], device, "lr")
         found = sweep(weights, groups, Mode.PROX, strengths, scale=Scale(step, step), reduce=reduce, impl=impl)
     else:
         # Groups that differ in strength or step, with strengths that carry the step.
-        pairs = list(zip(groups, steps, strict=True))
-        refined = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        refined: list[tuple[int, Strength]] = []
+        fine_groups = [_number(refined, group, step) for group, step in zip(groups, steps, strict=True)]
         plain = [strengths.of_group(group) for group, _ in refined]
         scaled = [strengths.of_group(group, Scale(step, step)) for group, step in refined]
-        fine_groups = [refined[pair] for pair in pairs]
         found = sweep(weights, fine_groups, Mode.PROX, _combine(scaled, device), reduce=reduce, impl=impl)
         if found is not None:
             found = measure(found.sums, _combine(plain, device), found.total.dtype)
@@ -53,9 +51,13 @@ def shrink(
     return found
 
 
-def _same(one: Strength, other: Strength) -> bool:
-    """Whether two steps are known to be equal; tensors would have to be read."""
-    return one is other or not (isinstance(one, Tensor) or isinstance(other, Tensor) or one != other)
+def _number(refined: list[tuple[int, Strength]], group: int, step: Strength) -> int:
+    """The place of a group with this step in `refined`, to which it is added where it is new."""
+    for number, (known, known_step) in enumerate(refined):
+        if known == group and same(known_step, step):
+            return number
+    refined.append((group, step))
+    return len(refined) - 1
 
 
 def _combine(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -> Strengths:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.dtensor import is_dtensor, is_fsdp1, local, problem_with, resharding
-from fastreg.strengths import Strength, Strengths, check_strength, combine
+from fastreg.strengths import Strength, Strengths, check_strength, combine, same
 
 Filter: TypeAlias = str | re.Pattern[str] | Callable[[str, Tensor], bool] | None
 
@@ -38,10 +38,20 @@ class Selection:
         self.names = [c.name for c in chosen]
         self.weights = [c.tensor for c in chosen]
         # Groups of equal strengths are one, and groups that lost all their weights are none.
-        own = [self._own_strengths[c.group] for c in chosen]
-        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(own))}
-        self.groups = [numbers[pair] for pair in own]
-        self._own_strengths = list(numbers)
+        brought, self._own_strengths = self._own_strengths, []
+        numbers: dict[int, int] = {}
+        for c in chosen:
+            if c.group not in numbers:
+                numbers[c.group] = self._number(brought[c.group])
+        self.groups = [numbers[c.group] for c in chosen]
+
+    def _number(self, strengths: tuple[Strength | None, Strength | None]) -> int:
+        """The group with these strengths, which is added where there is none."""
+        for number, known in enumerate(self._own_strengths):
+            if all(map(same, known, strengths)):
+                return number
+        self._own_strengths.append(strengths)
+        return len(self._own_strengths) - 1
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
@@ -72,7 +82,7 @@ def _collect(
     """All candidates, each once; the strengths that each group brings along; and the modules that were walked."""
     if isinstance(params, Mapping) and "params" in params:
         params = [params]
-    if not isinstance(params, nn.Module | Tensor | Mapping):
+    if not isinstance(params, (nn.Module, Tensor, Mapping)):
         if isinstance(params, str) or not isinstance(params, Iterable):
             raise TypeError(
                 "params must be an nn.Module, a tensor, an iterable of tensors or of (name, tensor) pairs, or a list "
@@ -81,8 +91,8 @@ def _collect(
         params = list(params)
     groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
     own: list[tuple[Strength | None, Strength | None]] = []
-    # By the tensors themselves, whose hash is their identity: a compiler would take an id() for a constant.
-    candidates: dict[Tensor, Candidate] = {}
+    candidates: list[Candidate] = []
+    find = _finder(candidates)
     modules: list[nn.Module] = []
     for index, group in enumerate([{"params": params}] if groups is None else groups):
         where = "" if groups is None else f"groups[{index}]."
@@ -93,15 +103,35 @@ def _collect(
         l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
         own.append((l1, l2))
         if isinstance(group["params"], nn.Module):
-            modules += group["params"].modules()
+            modules.extend(list(group["params"].modules()))
         for name, tensor in _named(group["params"], where):
-            known = candidates.setdefault(tensor, Candidate(name, tensor, index))
-            if known.group != index:
+            known = find(tensor)
+            if known is None:
+                candidates.append(Candidate(name, tensor, index))
+            elif known.group != index:
                 raise ValueError(
                     f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "
                     "ambiguous, so leave it in one of them"
                 )
-    return list(candidates.values()), own, modules
+    return candidates, own, modules
+
+
+def _finder(candidates: list[Candidate]) -> Callable[[Tensor], Candidate | None]:
+    """How to tell whether a tensor is among `candidates`, to which they are appended in between."""
+    places: dict[int, int] = {}
+
+    def by_id(tensor: Tensor) -> Candidate | None:
+        place = places.setdefault(id(tensor), len(candidates))
+        return candidates[place] if place < len(candidates) else None
+
+    def by_comparison(tensor: Tensor) -> Candidate | None:
+        for candidate in candidates:
+            if candidate.tensor is tensor:
+                return candidate
+        return None
+
+    # A compiler would take an id for a constant, and compile again for the next tensor.
+    return by_comparison if torch.compiler.is_compiling() else by_id
 
 
 def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
@@ -115,14 +145,14 @@ def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
             raise TypeError(f"{where}params must hold tensors, got {type(items).__name__}")
         for index, item in enumerate(items):
             default = f"{where}params[{index}]"
-            name, tensor = item if isinstance(item, tuple | list) and len(item) == 2 else (default, item)
+            name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (default, item)
             if not isinstance(tensor, Tensor) or not isinstance(name, str):
                 raise TypeError(f"{default} must be a tensor or a (name, tensor) pair, got {_describe(item)}")
             yield name, tensor
 
 
 def _describe(item: object) -> str:
-    if isinstance(item, tuple | list):
+    if isinstance(item, (tuple, list)):
         return f"{type(item).__name__} of {', '.join(type(part).__name__ for part in item)}"
     return type(item).__name__
 
@@ -166,7 +196,7 @@ def check_weight(name: str, tensor: Tensor) -> None:
             check_weight(name, local(tensor))
             return
         problem = found
-    elif type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    elif type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not torch.compiler.is_compiling():
         problem = f"is a {type(tensor).__name__}, a tensor subclass whose memory cannot be read; exclude it"
     else:
         return
@@ -180,7 +210,7 @@ def _check_fsdp(chosen: list[Candidate], modules: list[nn.Module]) -> None:
             "it with torch.distributed.fsdp.fully_shard instead"
         )
     gathered = resharding(modules)
-    for c in chosen:
+    for c in chosen if gathered else []:
         if id(c.tensor) in gathered:
             raise RuntimeError(
                 f"parameter {c.name!r} is gathered by FSDP at this moment, between forward and backward; call this "
@@ -193,7 +223,7 @@ def _matcher(pattern: Filter, which: str) -> Callable[[str, Tensor], bool]:
         return lambda name, param: which == "include"
     if callable(pattern):
         return pattern
-    if not isinstance(pattern, str | re.Pattern):
+    if not isinstance(pattern, (str, re.Pattern)):
         raise TypeError(
             f"{which} must be a regular expression or a callable (name, param) -> bool, got {type(pattern).__name__}"
         )

@@ -104,6 +104,14 @@ def check_strength(value: object, name: str) -> Strength:
     return number
 
 
+def same(one: Strength | None, other: Strength | None) -> bool:
+    """Whether two are known to be equal; tensors would have to be read.
+
+    Not by hash, for which a compiler would take a float for a constant.
+    """
+    return one is other or (isinstance(one, float) and isinstance(other, float) and one == other)
+
+
 def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> Strength:
     """One strength per group as what a sweep takes: a float where all agree, else a 0-dim or [n_groups] tensor."""
     for strength in per_group:
@@ -116,7 +124,7 @@ def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> S
     constant = _new_constant if torch.compiler.is_compiling() else _constant
     floats = [s for s in per_group if not isinstance(s, Tensor)]
     if len(floats) == len(per_group):
-        return floats[0] if len(set(floats)) == 1 else constant(tuple(floats), device)
+        return floats[0] if all(s == floats[0] for s in floats) else constant(tuple(floats), device)
     dtype = accumulate_dtype(device)
     return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in per_group])
 
@@ -132,5 +140,5 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """For a compiler, which records how a constant is made and does not look into caches."""
-    return torch.tensor(values, dtype=accumulate_dtype(device), device=device)
+    """For a compiler, which records how a constant is made and does not look into caches; no copy from the host."""
+    return torch.stack([torch.full((), v, dtype=accumulate_dtype(device), device=device) for v in values])

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
-from fastreg.plan import BLOCK, Mode, Part
+from fastreg.plan import BLOCK, Mode, Part, Tables
 from fastreg.strengths import Measure, Scale, Strengths
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
@@ -42,19 +42,20 @@ def sweep(
     """
     device = parts[0].device
     reduce = value_dtype is not None
-    chunks = [part.tables.chunk_tensor.numel() for part in parts]
+    tables = [part.tables for part in parts]
+    chunks = [t.chunk_tensor.numel() for t in tables]
     (l1, l1_ptr), (l2, l2_ptr) = map(_scalar_and_pointer, strengths)
     (factor_l1, scale_l1_ptr), (factor_l2, scale_l2_ptr) = map(_scalar_and_pointer, scale)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         partials = torch.empty((sum(chunks), 2), dtype=torch.float64, device=device) if reduce else None
         first_partial = 0
-        for part, n_chunks in zip(parts, chunks, strict=True):
+        for part, table, n_chunks in zip(parts, tables, chunks, strict=True):
             if n_chunks == 0:
                 continue
             grad_base, grad_table = _grad_addresses(part, grads)
             _sweep_kernel[(n_chunks,)](
-                table_ptr=part.tables.tensors,
-                chunk_tensor_ptr=part.tables.chunk_tensor,
+                table_ptr=table.tensors,
+                chunk_tensor_ptr=table.chunk_tensor,
                 grad_table_ptr=grad_table,
                 partials_ptr=partials[first_partial:] if partials is not None else None,
                 l1_ptr=l1_ptr,
@@ -64,7 +65,7 @@ def sweep(
                 l1=l1 * factor_l1,
                 l2=l2 * factor_l2,
                 grad_base=grad_base,
-                blocks_per_chunk=part.tables.blocks_per_chunk,
+                blocks_per_chunk=table.blocks_per_chunk,
                 DTYPE=_TRITON_DTYPES[part.dtype],
                 MODE=int(mode),
                 BLOCK=BLOCK,
@@ -77,7 +78,7 @@ def sweep(
         sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
         _finish_kernel[(1 + n_groups,)](
             partials_ptr=partials,
-            chunk_group_ptr=_chunk_groups(parts) if n_groups > 1 else None,
+            chunk_group_ptr=_chunk_groups(parts, tables) if n_groups > 1 else None,
             total_ptr=total,
             l1_term_ptr=l1_term,
             l2_term_ptr=l2_term,
@@ -106,7 +107,7 @@ def _grad_addresses(part: Part, grads: Sequence[Tensor] | None) -> tuple[int, Te
     return base, part.grad_table(tuple([address - base for address in addresses]))
 
 
-def _chunk_groups(parts: Sequence[Part]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0].tables.chunk_group
-    return parts[0].cache.get("groups of all parts", lambda: torch.cat([part.tables.chunk_group for part in parts]))
+def _chunk_groups(parts: Sequence[Part], tables: Sequence[Tables]) -> Tensor:
+    if len(tables) == 1:
+        return tables[0].chunk_group
+    return parts[0].cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))

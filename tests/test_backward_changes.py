@@ -125,3 +125,12 @@ def test_strengths_changed_before_backward(path: Path, way: str, requires_grad: 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         penalty.backward()
     assert all(w.grad is None for w in [*scene.weights, l1])
+
+
+def test_a_leaf_changed_beside_weights_that_are_no_leaves(path: Path) -> None:
+    """Those have saved tensors to watch them, and leave no count to compare."""
+    scene = Scene("direct", path, lambda device: [grid(5, device=device).requires_grad_() for _ in range(2)])
+    penalty = scene.penalty([2 * scene.weights[0], scene.weights[1]])
+    nudge(scene.weights[1])
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        penalty.backward()

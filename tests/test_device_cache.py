@@ -79,6 +79,32 @@ def test_every_way_to_a_device_keeps_all_digits(table: Tensor, device: str) -> N
         assert torch.equal(found.cpu(), table)
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_while_capturing_nothing_is_copied_from_the_host(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    ways: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(device_cache, "written_by_kernels", lambda tensor, device: ways.append("kernels") or tensor)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: ways.append("copy") or torch.zeros(0))
+    monkeypatch.setattr(Tensor, "to", lambda self, *args, **kwargs: self)
+    to_device(torch.ones(2), gpu)
+    assert ways == ["kernels" if capturing else "copy"]
+    assert device_cache.is_capturing(gpu) == capturing
+    assert not device_cache.is_capturing(CPU)
+
+
+@pytest.mark.gpu
+def test_a_table_is_awaited_on_other_streams() -> None:
+    """Filled on a stream that is kept busy, read on another one."""
+    cache = DeviceCache(torch.device("cuda", 0), size=1)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        cache.get("table", lambda: to_device(torch.arange(1000), cache.device))
+    table: Tensor = cache.get("table", lambda: pytest.fail("built again"))
+    assert table.clone().cpu().tolist() == list(range(1000))
+
+
 def test_pointer_tables() -> None:
     part = Part(torch.float32, CPU)
     for numel, group in ((5000, 1), (0, 0), (2048, 0), (1, 1)):

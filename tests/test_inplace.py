@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fastreg
 from fastreg.plan import BLOCK
+from fastreg.prox import shrink
+from fastreg.strengths import Strengths
 from tests import oracle
 from tests.cases import CASES, DTYPES, L1, L2, leaf
 from tests.conftest import INTERPRETED
@@ -321,3 +323,24 @@ def test_any_weights(path: Path, tensors: list[Tensor], l1: float, l2: float, lr
     reg.prox_(lr)
     for w, exact in zip(leaves, shrunk, strict=True):
         assert oracle.ulp_distance(w.detach(), exact) <= prox_ulps(path, w.dtype)
+
+
+def test_steps_that_are_tensors(path: Path) -> None:
+    """Learning rates on the device, which nobody may compare: two that are equal, one that is not."""
+    impl, device = path
+    weights = [torch.randn(n, device=device) for n in (5, 3000, 7)]
+    before = [w.clone() for w in weights]
+    steps = [torch.tensor(s, device=device) for s in (0.5, 0.5, 0.125)]
+    found = shrink(["a", "b", "c"], weights, [0, 0, 0], Strengths(L1, L2), steps, reduce=True, impl=impl)
+    assert found is not None
+    assert found.total.item() == pytest.approx(oracle.penalty(before, L1, L2)[0], rel=1e-6)
+    for w, old, step in zip(weights, before, steps, strict=True):
+        assert oracle.ulp_distance(w, oracle.prox(old, L1, L2, float(step))) <= 2
+
+
+def test_a_strength_below_zero_that_nobody_checked(path: Path) -> None:
+    """A tensor's value is not looked at: the formula holds, and nothing fails half way."""
+    impl, device = path
+    w = torch.tensor([1.0, -2.0, 0.5], device=device)
+    fastreg.elastic_prox_(w, torch.tensor(-1.0, device=device), lr=0.5, impl=impl)
+    assert w.tolist() == [1.5, -2.5, 1.0]
