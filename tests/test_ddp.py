@@ -46,6 +46,7 @@ class Case(NamedTuple):
     penalty_in_forward: bool = False
     loss_scales: tuple[float, float] = (1.0, 1.0)  # of loss and penalty, by rank
     n_unsynchronised: int = 0  # micro-batches under no_sync before each synchronised one
+    after_backward: bool = False  # straight into the averaged gradients, as an attached penalty does it
 
 
 CASES = {
@@ -59,6 +60,7 @@ CASES = {
     "loss_scales": Case({}, loss_scales=(4.0, 1.0)),
     "loss_scales_bucket_views": Case({"gradient_as_bucket_view": True}, loss_scales=(0.25, 2.0)),
     "loss_scale_of_zero_on_one_rank": Case({"static_graph": True}, loss_scales=(0.0, 1.0)),
+    "after_backward": Case({"gradient_as_bucket_view": True}, after_backward=True),
     "no_sync": Case({"gradient_as_bucket_view": True}, loss_scales=(2.0, 1.0), n_unsynchronised=2),
 }
 N_STEPS = 2  # static_graph and find_unused_parameters take other routes from the second step on
@@ -78,7 +80,9 @@ def reduced(case: Case, rank: int) -> list[list[Tensor]]:
 
     def loss(step: int) -> Tensor:
         out = model(batch(rank, step))
-        return case.loss_scales[rank] * (out if case.penalty_in_forward else out + penalty(model))
+        if case.penalty_in_forward or case.after_backward:
+            return case.loss_scales[rank] * out
+        return case.loss_scales[rank] * (out + penalty(model))
 
     gradients = []
     for step in range(N_STEPS):
@@ -86,6 +90,8 @@ def reduced(case: Case, rank: int) -> list[list[Tensor]]:
             with model.no_sync():
                 loss(step).backward()
         loss(step).backward()
+        if case.after_backward:
+            fastreg.add_elastic_grad_(model, L1, L2)
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     return gradients
 

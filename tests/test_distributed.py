@@ -54,7 +54,7 @@ class Wire(TorchDispatchMode):
         if any(t is not Tensor and issubclass(t, DTensor) for t in types):
             return NotImplemented  # what it does to its parts comes by here again
         name = str(func)
-        if name.startswith(("c10d.", "_c10d_functional.")) and "wait_tensor" not in name:
+        if name.startswith(("c10d.", "_c10d_functional.")) and not name.split(".")[1].startswith(("wait", "_wrap")):
             n_bytes = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
             self.collectives.append((name.split(".")[1].strip("_"), n_bytes))
         return func(*args, **(kwargs or {}))
