@@ -60,7 +60,7 @@ CASES = {
     "loss_scales": Case({}, loss_scales=(4.0, 1.0)),
     "loss_scales_bucket_views": Case({"gradient_as_bucket_view": True}, loss_scales=(0.25, 2.0)),
     "loss_scale_of_zero_on_one_rank": Case({"static_graph": True}, loss_scales=(0.0, 1.0)),
-    "after_backward": Case({"gradient_as_bucket_view": True}, after_backward=True),
+    "after_backward": Case({"find_unused_parameters": True, "gradient_as_bucket_view": True}, after_backward=True),
     "no_sync": Case({"gradient_as_bucket_view": True}, loss_scales=(2.0, 1.0), n_unsynchronised=2),
 }
 N_STEPS = 2  # static_graph and find_unused_parameters take other routes from the second step on
