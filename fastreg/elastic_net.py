@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastreg.autograd import Call, ElasticPenaltyFunction, add_gradients
+from fastreg.accumulate import add_gradients
+from fastreg.autograd import Call, ElasticPenaltyFunction
 from fastreg.ops import sweep, traced_sweep
 from fastreg.optim import Attachment
 from fastreg.plan import Mode

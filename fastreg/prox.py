@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastreg.autograd import mark_changed
+from fastreg.accumulate import mark_changed
 from fastreg.dtensor import local_parts
 from fastreg.ops import sweep
 from fastreg.plan import Mode

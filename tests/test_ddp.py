@@ -1,7 +1,5 @@
 """Two processes under DistributedDataParallel: the gradients of the naive formulation, averaged, on both ranks."""
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +12,10 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastreg
+from tests.ranks import AVAILABLE, start
 from tests.ways import L1, L2, grid, naive
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
-)
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 
 WORLD = 2
 
@@ -97,10 +94,7 @@ def reduced(case: Case, rank: int) -> list[list[Tensor]]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # The loopback device: a machine's own name does not resolve everywhere.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    start(rank, WORLD, folder)
     torch.save({name: reduced(case, rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,7 +1,5 @@
 """The formulas behind docs/scaling.md against what 1, 2 and 4 processes move and send."""
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,13 @@ from torch.multiprocessing import spawn
 import fastreg
 from bench import ledger, scaling
 from bench.counting import Count
+from tests.ranks import AVAILABLE, Wire, start
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
-)
-if dist.is_available():
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+if AVAILABLE:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    from tests.test_distributed import Wire
 
 # One weight that 4 processes share unevenly.
 SHAPES = [[64, 200], [4099, 3], [1024]]
@@ -64,9 +60,7 @@ def moved(task: str, call: Callable[[list[Tensor]], Any], weights: list[Tensor])
 
 
 def worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    start(rank, world, folder)
     mesh = init_device_mesh("cpu", (world,))
     weights: list[Tensor] = [nn.Parameter(distribute_tensor(torch.ones(s), mesh, [Shard(0)])) for s in SHAPES]
     for w in weights:

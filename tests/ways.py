@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import autograd
+from fastreg import accumulate, autograd
 from fastreg.plan import Mode
 
 L1, L2 = 1 / 8, 1 / 4
@@ -113,7 +113,8 @@ def spy_on_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
         modes.append(mode)
         return sweep(weights, groups, mode, *args, **keywords)
 
-    monkeypatch.setattr(autograd, "sweep", spy)
+    for module in (autograd, accumulate):
+        monkeypatch.setattr(module, "sweep", spy)
     return modes
 
 
