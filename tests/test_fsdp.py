@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
+from fastreg.plan import Mode
 from tests.cases import L1, L2
 from tests.check_sharded import check_everything
 from tests.ranks import AVAILABLE, Case, Ranks, check, close, full, run_cases, tensor
-from tests.ways import Path
+from tests.ways import Path, spy_on_sweeps
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 if AVAILABLE:
@@ -65,7 +66,12 @@ def fully_sharded(
 
 
 def fsdp(ranks: Ranks) -> None:
-    fully_sharded(ranks)
+    """The gradient is added in one sweep at the end of backward, without a buffer of the shards' size."""
+    with pytest.MonkeyPatch.context() as patch:
+        modes = spy_on_sweeps(patch)
+        fully_sharded(ranks)
+    # Three steps; the unsharded weights go the ordinary way, as plain ones do under torch.distributed.
+    assert modes.count(Mode.ACCUMULATE) == modes.count(Mode.GRADIENT) == 3
 
 
 def fsdp_that_always_reshards(ranks: Ranks) -> None:
