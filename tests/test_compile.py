@@ -279,11 +279,11 @@ def test_strengths_assigned_by_the_compiled_code(path: Path) -> None:
 
 
 def test_strengths_keep_their_digits(path: Path) -> None:
-    """0.1 is not a float32, and an assignment in inference mode is not one for inference only."""
+    """0.1 is not a float32, and what is made in inference mode is not for inference only."""
     impl, device = path
     w = torch.randn(50, dtype=torch.float64, device=device, requires_grad=True)
-    reg = fastreg.ElasticNet(w, 0.5, 0.2, impl=impl)
     with torch.inference_mode():
+        reg = fastreg.ElasticNet(w, 0.5, 0.2, impl=impl)
         reg.l1 = 0.1
     found = torch.compile(lambda: reg(), backend="aot_eager", fullgraph=True)()
     found.backward()
