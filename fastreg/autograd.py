@@ -259,8 +259,10 @@ def _differentiable_backward(
     visible: list[Any] = [w.to_local() if is_dtensor(w) else w for w in weights]  # type: ignore[attr-defined]
     sums = reference.group_sums(visible, ctx.call.groups)
     if any_dtensor(weights):
-        # The sums of all ranks, with the derivatives of this rank's.
-        sums = sums + (of_all_ranks - sums).detach()
+        # The sums of all ranks, with the derivatives of this rank's; an infinite one has none.
+        sums = torch.where(
+            of_all_ranks.isfinite() & sums.isfinite(), sums + (of_all_ranks - sums).detach(), of_all_ranks
+        )
     terms = measure(sums, strengths, sums.dtype)[1:3]
     inputs: list[Any] = [*strengths, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]

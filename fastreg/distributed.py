@@ -2,10 +2,10 @@
 
 No weight and no gradient leaves its rank. Each mesh costs one all-reduce of two float64 numbers per strength group,
 over the mesh dimensions on which any of its weights is sharded. A weight that is replicated on one of those dimensions
-is counted by the ranks with coordinate 0 there.
+is counted by the ranks with coordinate 0 there. Only where several dimensions are sharded of a mesh that some ranks are
+not part of, it takes one all-reduce per dimension.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +37,7 @@ class Census:
         sharded: list[set[int]] = [set() for _ in meshes]
         for w in distributed:
             sharded[meshes.index(w.device_mesh)] |= _sharded_dims(w)
-        self._reductions = list(zip(meshes, map(sorted, sharded), strict=True))
+        self._reductions = [(mesh, _summed_dims(mesh, dims)) for mesh, dims in zip(meshes, sharded, strict=True)]
         self._reduce = reduce
         self.domains = [self._domain(w, meshes) for w in weights]
 
@@ -50,7 +50,7 @@ class Census:
             if domain != HERE and self._reduce:
                 mesh, dims = self._reductions[domain]
                 if dims:
-                    subtotal = _all_reduce(subtotal, mesh, tuple(dims))
+                    subtotal = _all_reduce(subtotal, mesh, dims)
             total = total + subtotal
         return total
 
@@ -117,24 +117,22 @@ def _sharded_dims(weight: Any) -> set[int]:
     return {dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()}
 
 
-def _all_reduce(numbers: Tensor, mesh: Any, dims: tuple[int, ...]) -> Tensor:
+def _summed_dims(mesh: Any, sharded: set[int]) -> list[int]:
+    """The dimensions to sum over: those that are sharded, or where that are several of a mesh of all ranks, all.
+
+    The default group then does it in one collective. A group just for those dimensions would have to be made, by ranks
+    that may not all be here.
+    """
+    return list(range(mesh.ndim)) if len(sharded) > 1 and mesh.size() == dist.get_world_size() else sorted(sharded)
+
+
+def _all_reduce(numbers: Tensor, mesh: Any, dims: list[int]) -> Tensor:
     """The sum over the ranks that differ in `dims` of `mesh`."""
-    group = _group(mesh, dims, dist.group.WORLD)
     # Weights that are offloaded to the CPU are on the mesh of another device.
     moved = numbers.to(mesh.device_type, copy=True)
-    dist.all_reduce(moved, group=group)
+    if len(dims) > 1 and mesh.size() == dist.get_world_size():
+        dist.all_reduce(moved)
+    else:
+        for dim in dims:
+            dist.all_reduce(moved, group=mesh.get_group(dim))
     return moved.to(numbers.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _group(mesh: Any, dims: tuple[int, ...], world: Any) -> Any:
-    """The process group of this rank along `dims`; `world` is the default group, with which all others end."""
-    if len(dims) == 1:
-        return mesh.get_group(dims[0])
-    coordinate = mesh.get_coordinate()
-    index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
-    ranks = sorted(mesh.mesh[index].flatten().tolist())
-    if len(ranks) == dist.get_world_size():
-        return world
-    # Made by its members alone: the other ranks may have no such mesh.
-    return dist.new_group(ranks, use_local_synchronization=True)

@@ -77,8 +77,8 @@ def elastic_penalty(
             (name, param) -> bool. exclude wins. `bias_and_norm` is a ready one for `exclude`.
         return_terms: return the `Penalty` (total, l1, l2) instead of the total alone.
         reduce: for DTensor weights: sum over the ranks that hold the shards, one all-reduce of two numbers per mesh and
-            strength group. With False every rank gets its own terms, whose sum over all ranks is the penalty: to be
-            summed together with other metrics. The gradient is the same either way.
+            strength group. With False every rank gets its own terms, whose sum over the ranks of the mesh is the
+            penalty: to be summed together with other metrics. The gradient is the same either way.
         impl: "triton" or "torch" to force an implementation; None takes Triton for CUDA and ROCm tensors where it is
             installed, else PyTorch.
 

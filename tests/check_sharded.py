@@ -12,7 +12,7 @@ from tests.cases import L1, L2
 from tests.ranks import Ranks, Wire, assert_sharded_like, close, full
 
 
-def check_everything(ranks: Ranks, weights: list[Tensor], *, n_meshes: int, by_group: bool = False) -> None:
+def check_everything(ranks: Ranks, weights: list[Tensor], *, n_collectives: int, by_group: bool = False) -> None:
     """All calls on `weights`, against the same calls on the unsharded tensors."""
     unsharded = [nn.Parameter(full(w.detach()).clone()) for w in weights]
 
@@ -25,7 +25,7 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_meshes: int, by_g
         with Wire() as wire:
             found = call(params(weights), ranks.impl)
         allowed = 16 * (2 if by_group else 1)
-        assert wire.collectives == [("allreduce", allowed)] * n_meshes, wire.collectives
+        assert wire.collectives == [("allreduce", allowed)] * n_collectives, wire.collectives
         return found, call(params(unsharded), "torch")
 
     # The value, and that it is a plain tensor, the same on every rank.
@@ -77,7 +77,7 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_meshes: int, by_g
     with Wire() as wire:
         found = fastreg.sparsity(weights)
         fastreg.elastic_prox_(params(weights), L1, L2, lr=0.5, impl=ranks.impl)
-    assert wire.collectives == [("allreduce", 8)] * n_meshes
+    assert wire.collectives == [("allreduce", 8)] * n_collectives
     close(found, fastreg.sparsity(unsharded))
     fastreg.elastic_prox_(params(unsharded), L1, L2, lr=0.5, impl="torch")
     for w, u in zip(weights, unsharded, strict=True):
@@ -108,7 +108,7 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_meshes: int, by_g
         added = fastreg.add_elastic_grad_(params(weights), L1, L2, reduce=False, impl=ranks.impl)
     assert wire.collectives == []
     expected = fastreg.elastic_penalty(params(unsharded), L1, L2, return_terms=True, impl="torch")
-    if n_meshes == 1:
+    if n_collectives == 1:
         terms = torch.stack([t.detach().double() for t in (*found, again, *added)])
         dist.all_reduce(terms)
         for one, other in zip(terms, (*expected, expected.total, *expected), strict=True):

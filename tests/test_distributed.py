@@ -42,7 +42,7 @@ def values(dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
 def one_dimensional(ranks: Ranks) -> None:
     """Uneven and empty shards: a weight of one element, one of none, and 5 rows for 4 ranks."""
     mesh = ranks.mesh()
-    check_everything(ranks, sharded(values(), [(mesh, [Shard(0)])] * 6, ranks.device), n_meshes=1)
+    check_everything(ranks, sharded(values(), [(mesh, [Shard(0)])] * 6, ranks.device), n_collectives=1)
 
 
 def half_precision(ranks: Ranks) -> None:
@@ -63,13 +63,13 @@ def other_dimensions_and_groups(ranks: Ranks) -> None:
     mesh = ranks.mesh()
     dims = [1, 0, 1, 0, 1, 2]
     weights = sharded(values(), [(mesh, [Shard(d)]) for d in dims], ranks.device)
-    check_everything(ranks, weights, n_meshes=1, by_group=True)
+    check_everything(ranks, weights, n_collectives=1, by_group=True)
 
 
 def replicated_and_plain(ranks: Ranks) -> None:
     mesh = ranks.mesh()
     layout: list[Any] = [(mesh, [Shard(0)]), (mesh, [Replicate()]), None, (mesh, [Replicate()]), None, None]
-    check_everything(ranks, sharded(values(), layout, ranks.device), n_meshes=1)
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1)
 
 
 def only_replicated(ranks: Ranks) -> None:
@@ -95,22 +95,33 @@ def two_dimensional(ranks: Ranks) -> None:
         (mesh, [Shard(0), Shard(0)]),
         (mesh, [Shard(2), Shard(1)]),
     ]
-    check_everything(ranks, sharded(values(), layout, ranks.device), n_meshes=1)
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1)
 
 
 def one_dimension_of_two(ranks: Ranks) -> None:
     """HSDP: what is replicated on one dimension is summed over the other one only."""
     mesh = ranks.mesh(2, ranks.world // 2)
     weights = sharded(values(), [(mesh, [Replicate(), Shard(0)])] * 6, ranks.device)
-    check_everything(ranks, weights, n_meshes=1, by_group=True)
+    check_everything(ranks, weights, n_collectives=1, by_group=True)
 
 
 def two_dimensions_of_three(ranks: Ranks) -> None:
-    """Neither one dimension's group nor everybody's: it is made, by those alone who are in it."""
+    """Neither one dimension nor all of them are sharded, and one collective does it."""
     mesh = ranks.mesh(ranks.world // 2, 2, 1)
     layout = [(mesh, [Replicate(), Shard(0), Shard(0)]), (mesh, [Replicate(), Shard(1), Replicate()])] * 3
     layout[1] = layout[3] = (mesh, [Replicate(), Replicate(), Shard(0)])
-    check_everything(ranks, sharded(values(), layout, ranks.device), n_meshes=1)
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1)
+
+
+def two_dimensions_of_a_part_of_the_ranks(ranks: Ranks) -> None:
+    """Whoever made groups of his own before: none is made for this."""
+    dist.new_group([0])
+    mesh = ranks.mesh(ranks.world // 2, 2, 1, names=("dp", "tp", "sp"))["tp", "sp"]
+    layout = [(mesh, [Shard(0), Shard(0)]), (mesh, [Shard(1), Replicate()])] * 3
+    layout[1] = layout[3] = (mesh, [Replicate(), Shard(0)])
+    # Where these are all ranks one collective does it, else one for each dimension.
+    weights = sharded(values(), layout, ranks.device)
+    check_everything(ranks, weights, n_collectives=1 if ranks.world == 2 else 2)
 
 
 def several_meshes(ranks: Ranks) -> None:
@@ -124,7 +135,7 @@ def several_meshes(ranks: Ranks) -> None:
         (mesh["dp"], [Shard(1)]),
         (mesh["dp"], [Replicate()]),
     ]
-    check_everything(ranks, sharded(values(), layout, ranks.device), n_meshes=3)
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=3)
 
 
 def partial_weights_are_refused(ranks: Ranks) -> None:
@@ -201,6 +212,7 @@ CASES: dict[str, Case] = {
         two_dimensional,
         one_dimension_of_two,
         two_dimensions_of_three,
+        two_dimensions_of_a_part_of_the_ranks,
         several_meshes,
         partial_weights_are_refused,
         wrong_arguments_raise_on_every_rank,

@@ -134,7 +134,7 @@ def fsdp_and_tensor_parallel(ranks: Ranks) -> None:
             fastreg.elastic_penalty(reference, L1, L2, impl="torch"),
         )
     # PyTorch 2.9 gathers strided shards wrongly where they are uneven, so the rest is with 8 rows.
-    check_everything(ranks, list(net[:3].parameters()), n_meshes=1)
+    check_everything(ranks, list(net[:3].parameters()), n_collectives=1)
     with torch.no_grad():
         for p, q in zip(net.parameters(), reference.parameters(), strict=True):
             q.copy_(full(p))
