@@ -94,6 +94,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     first = 0
     if options.resume:
         first = load(options.checkpoint, model, optimizer)
+        if first >= options.steps:
+            raise SystemExit(f"the checkpoint is of step {first} already; give --steps a later one")
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
     for step in range(first + 1, options.steps + 1):
         x, y = batch(text, step, device)

@@ -129,7 +129,7 @@ def _summed_dims(mesh: Any, sharded: set[int]) -> list[int]:
 def _all_reduce(numbers: Tensor, mesh: Any, dims: list[int]) -> Tensor:
     """The sum over the ranks that differ in `dims` of `mesh`."""
     # Weights that are offloaded to the CPU are on the mesh of another device.
-    moved = numbers.to(mesh.device_type, copy=True)
+    moved = numbers.clone() if numbers.device.type == mesh.device_type else numbers.to(mesh.device_type)
     if len(dims) > 1 and mesh.size() == dist.get_world_size():
         dist.all_reduce(moved)
     else:

@@ -213,8 +213,9 @@ def _check_fsdp(chosen: list[Candidate], modules: list[nn.Module]) -> None:
     for c in chosen if gathered else []:
         if id(c.tensor) in gathered:
             raise RuntimeError(
-                f"parameter {c.name!r} is gathered by FSDP at this moment, between forward and backward; call this "
-                "before the forward pass, or after backward as attach() does, or shard with reshard_after_forward=True"
+                f"parameter {c.name!r} is gathered by FSDP at this moment, as between forward and backward; call this "
+                "before the forward pass, or after backward as attach() does, or shard with "
+                "reshard_after_forward=True; after a forward pass without backward, call model.reshard() first"
             )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreg.device_cache import DeviceCache, to_device
+from fastreg.dtensor import is_dtensor
 
 Strength: TypeAlias = float | Tensor
 
@@ -85,6 +86,8 @@ def check_strength(value: object, name: str) -> Strength:
         TypeError: not a real number, or not a floating-point tensor.
     """
     if isinstance(value, Tensor):
+        if is_dtensor(value):
+            raise TypeError(f"{name} must be a float or a plain tensor, got a DTensor; pass its full_tensor()")
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with .float()")
         if value.ndim != 0:

@@ -151,10 +151,13 @@ def wrong_arguments_raise_on_every_rank(ranks: Ranks) -> None:
         distribute_tensor(tensor(5, 3).to(d).to(ranks.device), mesh, [Shard(0)]) for d in (torch.float32, torch.int32)
     )
     parameter = nn.Parameter(weight)
+    strength_of_all = distribute_tensor(torch.tensor(0.1, device=ranks.device), mesh, [Replicate()])
     with Wire() as wire:
         for strength in (-1.0, float("nan"), torch.ones(2)):
             with pytest.raises(ValueError, match="l1 must be"):
                 fastreg.elastic_penalty(parameter, strength)
+        with pytest.raises(TypeError, match="got a DTensor"):
+            fastreg.elastic_penalty(parameter, strength_of_all)
         with pytest.raises(TypeError, match="int32"):
             fastreg.elastic_penalty(integers, L1)
         with pytest.raises(ValueError, match="lr must be"):
