@@ -65,9 +65,11 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_collectives: int,
     for one, other in zip(*of_both(learn), strict=True):
         close(one, other)
 
-    # In place.
+    # In place, into the very gradients that are there.
+    present = [w.grad for w in weights]
     for one, other in zip(*of_both(lambda p, impl: fastreg.add_elastic_grad_(p, L1, L2, impl=impl)), strict=True):
         close(one, other)
+    assert all(w.grad is grad for w, grad in zip(weights, present, strict=True))
     for w in weights + unsharded:
         w.grad = None if w.ndim == 1 else w.grad
     of_both(lambda p, impl: fastreg.add_elastic_grad_(p, L1, L2, impl=impl))

@@ -59,6 +59,15 @@ def half_precision(ranks: Ranks) -> None:
         torch.testing.assert_close(full(w.grad), other.grad)
 
 
+def double_precision(ranks: Ranks) -> None:
+    """All digits of float64 come through the sums of shards and ranks."""
+    weights = sharded(values([torch.float64] * 6), [(ranks.mesh(), [Shard(0)])] * 6, ranks.device)
+    found = fastreg.elastic_penalty(weights, L1, L2, impl=ranks.impl)
+    expected = fastreg.elastic_penalty([full(w.detach()) for w in weights], L1, L2, impl="torch")
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-14, atol=0)
+
+
 def other_dimensions_and_groups(ranks: Ranks) -> None:
     mesh = ranks.mesh()
     dims = [1, 0, 1, 0, 1, 2]
@@ -69,7 +78,8 @@ def other_dimensions_and_groups(ranks: Ranks) -> None:
 def replicated_and_plain(ranks: Ranks) -> None:
     mesh = ranks.mesh()
     layout: list[Any] = [(mesh, [Shard(0)]), (mesh, [Replicate()]), None, (mesh, [Replicate()]), None, None]
-    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1)
+    for by_group in (False, True):
+        check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1, by_group=by_group)
 
 
 def only_replicated(ranks: Ranks) -> None:
@@ -209,6 +219,7 @@ CASES: dict[str, Case] = {
     for case in (
         one_dimensional,
         half_precision,
+        double_precision,
         other_dimensions_and_groups,
         replicated_and_plain,
         only_replicated,
