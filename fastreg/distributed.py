@@ -16,7 +16,7 @@ from torch import Tensor
 from fastreg import sweep as eager
 from fastreg.dtensor import is_dtensor, local_parts
 from fastreg.plan import Mode
-from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, measure, value_dtype
+from fastreg.strengths import Measure, Strength, Strengths, measure, value_dtype
 
 HERE = -1  # counted by every rank by itself: the same number everywhere
 ELSEWHERE = -2  # counted by another rank
@@ -37,7 +37,7 @@ class Census:
         sharded: list[set[int]] = [set() for _ in meshes]
         for w in distributed:
             sharded[meshes.index(w.device_mesh)] |= _sharded_dims(w)
-        self._reductions = [(mesh, _summed_dims(mesh, dims)) for mesh, dims in zip(meshes, sharded, strict=True)]
+        self._reductions = [(mesh, *_reduction(mesh, dims)) for mesh, dims in zip(meshes, sharded, strict=True)]
         self._reduce = reduce
         self.domains = [self._domain(w, meshes) for w in weights]
 
@@ -48,9 +48,9 @@ class Census:
             own = [count for count, d in zip(counts, domains, strict=True) if d == domain]
             subtotal = torch.stack(own).sum(0) if own else torch.zeros_like(total)
             if domain != HERE and self._reduce:
-                mesh, dims = self._reductions[domain]
-                if dims:
-                    subtotal = _all_reduce(subtotal, mesh, dims)
+                mesh, _, process_groups = self._reductions[domain]
+                if process_groups:
+                    subtotal = _all_reduce(subtotal, mesh, process_groups)
             total = total + subtotal
         return total
 
@@ -60,7 +60,7 @@ class Census:
                 return HERE
             return ELSEWHERE if any(meshes[0].get_coordinate()) else HERE
         number = meshes.index(w.device_mesh)
-        mesh, summed = self._reductions[number]
+        mesh, summed, _ = self._reductions[number]
         own = _sharded_dims(w)
         if self._reduce and not own:
             return HERE
@@ -75,19 +75,17 @@ def sweep(
     mode: Mode,
     strengths: Strengths,
     *,
-    scale: Scale = UNSCALED,
     grads: Sequence[Tensor] | None = None,
     reduce: bool = True,
-    impl: str | None = None,
     all_reduce: bool = True,
+    **keywords: Any,
 ) -> Measure | None:
     """`fastreg.sweep.sweep` of this rank's shards, with the measure of all ranks', or its own if not `all_reduce`.
 
     Gradients are DTensors with the placements of their weights.
     """
     parts = local_parts(weights)
-    local_grads = None if grads is None else local_parts(grads)
-    keywords: dict[str, Any] = {"scale": scale, "grads": local_grads, "impl": impl}
+    keywords["grads"] = None if grads is None else local_parts(grads)
     if not reduce:
         return eager.sweep(parts, groups, mode, strengths, reduce=False, **keywords)
     census = Census(weights, all_reduce)
@@ -103,7 +101,7 @@ def sweep(
         rows.append(torch.zeros((n_groups, 2), dtype=row.dtype, device=row.device))
         rows[-1][group] = row
     sums = census.total(rows, [domain for _, domain in numbers])
-    return measure(sums, strengths, value_dtype(weights))
+    return measure(sums, strengths, value_dtype([w.dtype for w in weights]))
 
 
 def _of_each(strength: Strength, groups: list[int]) -> Strength:
@@ -117,22 +115,20 @@ def _sharded_dims(weight: Any) -> set[int]:
     return {dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()}
 
 
-def _summed_dims(mesh: Any, sharded: set[int]) -> list[int]:
-    """The dimensions to sum over: those that are sharded, or where that are several of a mesh of all ranks, all.
+def _reduction(mesh: Any, sharded: set[int]) -> tuple[list[int], list[Any]]:
+    """The mesh dimensions to sum over, and the process groups that do it one after the other.
 
-    The default group then does it in one collective. A group just for those dimensions would have to be made, by ranks
-    that may not all be here.
+    Where several dimensions are sharded of a mesh of all ranks, the default group sums over all of them at once. A
+    group just for those dimensions would have to be made, by ranks that may not all be here.
     """
-    return list(range(mesh.ndim)) if len(sharded) > 1 and mesh.size() == dist.get_world_size() else sorted(sharded)
+    if len(sharded) > 1 and mesh.size() == dist.get_world_size():
+        return list(range(mesh.ndim)), [dist.group.WORLD]
+    return sorted(sharded), [mesh.get_group(dim) for dim in sorted(sharded)]
 
 
-def _all_reduce(numbers: Tensor, mesh: Any, dims: list[int]) -> Tensor:
-    """The sum over the ranks that differ in `dims` of `mesh`."""
+def _all_reduce(numbers: Tensor, mesh: Any, groups: list[Any]) -> Tensor:
     # Weights that are offloaded to the CPU are on the mesh of another device.
     moved = numbers.clone() if numbers.device.type == mesh.device_type else numbers.to(mesh.device_type)
-    if len(dims) > 1 and mesh.size() == dist.get_world_size():
-        dist.all_reduce(moved)
-    else:
-        for dim in dims:
-            dist.all_reduce(moved, group=mesh.get_group(dim))
+    for group in groups:
+        dist.all_reduce(moved, group=group)
     return moved.to(numbers.device)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether `tensor` is a torch.distributed.tensor.DTensor; imports nothing: where none was made, there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    """Whether `tensor` is a torch.distributed.tensor.DTensor."""
+    return any_dtensor((tensor,))
 
 
 def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether any of them is one; costs nothing in a process that has not imported DTensor."""
-    return "torch.distributed.tensor" in sys.modules and any(map(is_dtensor, tensors))
+    """Whether any of them is one; imports nothing: where DTensor was not imported, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def hides_dtensor(tensor: Tensor) -> bool:

@@ -86,7 +86,7 @@ class ElasticNet:
     @property
     def l1(self) -> Strength:
         """Strength of Σ|w| where a group has none of its own: a float, or a 0-dim tensor read on the device."""
-        return self._l1 if self._published is None or not torch.compiler.is_compiling() else self._published_strength(0)
+        return self._strength(0)
 
     @l1.setter
     def l1(self, value: Strength) -> None:
@@ -96,7 +96,7 @@ class ElasticNet:
     @property
     def l2(self) -> Strength:
         """Strength of Σw² where a group has none of its own: a float, or a 0-dim tensor read on the device."""
-        return self._l2 if self._published is None or not torch.compiler.is_compiling() else self._published_strength(1)
+        return self._strength(1)
 
     @l2.setter
     def l2(self, value: Strength) -> None:
@@ -228,9 +228,10 @@ class ElasticNet:
                 buffer.fill_(strength)
         self._published = tuple(s if isinstance(s, Tensor) else None for s in (self._l1, self._l2))
 
-    def _published_strength(self, which: int) -> Tensor:
-        """Not a look at a float, which would be compiled in, and its next value compiled anew."""
-        assert self._published is not None
+    def _strength(self, which: int) -> Strength:
+        """l1 or l2; for a compiler without a look at a float, which it would take for a constant."""
+        if self._published is None or not torch.compiler.is_compiling():
+            return (self._l1, self._l2)[which]
         given = self._published[which]
         return self._buffers[which].to(self._selection.weights[0].device) if given is None else given
 

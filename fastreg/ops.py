@@ -1,7 +1,7 @@
 """The sweep where a compiler has to see through it: PyTorch's own operators, or one opaque operator per sweep.
 
 On the PyTorch path a traced sweep is a handful of expressions, which the compiler fuses. The Triton kernels are hidden
-in operators of torch.library, whose schemas declare what they change. They know nothing of weighted terms: those are
+in custom operators, whose schemas declare what they change. They know nothing of weighted terms: those are
 expressions of the operators' sums, through which the strengths get their gradients.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastreg import distributed, reference
 from fastreg import sweep as eager
@@ -20,7 +20,7 @@ from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, mea
 _UNIT = Strengths(1.0, 1.0)
 # mode="reduce-overhead" would let tables that outlive a call be allocated in memory that it takes back. Graphs that are
 # captured by hand do not.
-_TAGS = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None]
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
 @torch.no_grad()
@@ -30,14 +30,15 @@ def sweep(
     mode: Mode,
     strengths: Strengths,
     *,
-    scale: Scale = UNSCALED,
-    grads: Sequence[Tensor] | None = None,
-    reduce: bool = True,
-    impl: str | None = None,
     all_reduce: bool = True,
+    **keywords: Any,
 ) -> Measure | None:
-    """`fastreg.sweep.sweep`, for DTensors too, and inside a compiler its equivalent for VALUE, ACCUMULATE and PROX."""
-    keywords: dict[str, Any] = {"scale": scale, "grads": grads, "reduce": reduce, "impl": impl}
+    """`fastreg.sweep.sweep`, for DTensors too, and inside a compiler its equivalent for VALUE, ACCUMULATE and PROX.
+
+    Args:
+        all_reduce: of DTensors, whether the measure is to be that of all ranks.
+        keywords: as `fastreg.sweep.sweep` takes them.
+    """
     if torch.compiler.is_compiling():
         return traced_sweep(weights, groups, mode, strengths, **keywords)
     if any_dtensor(weights):
@@ -76,10 +77,10 @@ def traced_sweep(
             sums = add_gradient_(list(grads), list(weights), list(groups), l1, l2, reduce, impl)
         else:
             sums = prox_(list(weights), list(groups), l1, l2, reduce, impl)
-    return measure(sums, strengths, value_dtype(weights)) if reduce and sums is not None else None
+    return measure(sums, strengths, value_dtype([w.dtype for w in weights])) if reduce and sums is not None else None
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastreg::group_sums",
     mutates_args=(),
     tags=_TAGS,
@@ -90,7 +91,7 @@ def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: st
     return _sums(eager.sweep(weights, groups, Mode.VALUE, _UNIT, impl=impl), weights[0])
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastreg::gradients",
     mutates_args=(),
     tags=_TAGS,
@@ -103,7 +104,7 @@ def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, 
     return grads
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastreg::add_gradient_",
     mutates_args=("grads",),
     tags=_TAGS,
@@ -124,7 +125,7 @@ def add_gradient_(
     return _sums(eager.sweep(weights, groups, Mode.ACCUMULATE, strengths, grads=grads, reduce=reduce, impl=impl), l1)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "fastreg::prox_",
     mutates_args=("weights",),
     tags=_TAGS,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreg.device_cache import DeviceCache, to_device
+from fastreg.strengths import value_dtype
 
 # Elements that one Triton program reads at a time: 16 per thread of four warps.
 BLOCK = 2048
@@ -162,5 +163,5 @@ def _build(
         part.addresses.append(address)
         part.numels.append(numel)
         part.groups.append(groups[position])
-    value_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return Plan({device: list(parts.values()) for device, parts in shards.items()}, max(groups) + 1, value_dtype)
+    by_device = {device: list(parts.values()) for device, parts in shards.items()}
+    return Plan(by_device, max(groups) + 1, value_dtype(dtypes))

@@ -9,7 +9,7 @@ from fastreg.accumulate import mark_changed
 from fastreg.dtensor import local_parts
 from fastreg.ops import sweep
 from fastreg.plan import Mode
-from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure, same
+from fastreg.strengths import Measure, Scale, Strength, Strengths, combine, measure, place, same
 from fastreg.sweep import check_writable, counts_changes
 
 
@@ -40,7 +40,7 @@ def shrink(
     else:
         # Groups that differ in strength or step, with strengths that carry the step.
         refined: list[tuple[int, Strength]] = []
-        fine_groups = [_number(refined, group, step) for group, step in zip(groups, steps, strict=True)]
+        fine_groups = [place(pair, refined) for pair in zip(groups, steps, strict=True)]
         plain = [strengths.of_group(group) for group, _ in refined]
         scaled = [strengths.of_group(group, Scale(step, step)) for group, step in refined]
         found = sweep(weights, fine_groups, Mode.PROX, _combine(scaled, device), reduce=reduce, impl=impl)
@@ -49,15 +49,6 @@ def shrink(
     if not torch.compiler.is_compiling():
         mark_changed(weights)
     return found
-
-
-def _number(refined: list[tuple[int, Strength]], group: int, step: Strength) -> int:
-    """The place of a group with this step in `refined`, to which it is added where it is new."""
-    for number, (known, known_step) in enumerate(refined):
-        if known == group and same(known_step, step):
-            return number
-    refined.append((group, step))
-    return len(refined) - 1
 
 
 def _combine(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -> Strengths:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.dtensor import is_dtensor, is_fsdp1, local, problem_with, resharding
-from fastreg.strengths import Strength, Strengths, check_strength, combine, same
+from fastreg.strengths import Strength, Strengths, check_strength, combine, place
 
 Filter: TypeAlias = str | re.Pattern[str] | Callable[[str, Tensor], bool] | None
 
@@ -39,19 +39,8 @@ class Selection:
         self.weights = [c.tensor for c in chosen]
         # Groups of equal strengths are one, and groups that lost all their weights are none.
         brought, self._own_strengths = self._own_strengths, []
-        numbers: dict[int, int] = {}
-        for c in chosen:
-            if c.group not in numbers:
-                numbers[c.group] = self._number(brought[c.group])
-        self.groups = [numbers[c.group] for c in chosen]
-
-    def _number(self, strengths: tuple[Strength | None, Strength | None]) -> int:
-        """The group with these strengths, which is added where there is none."""
-        for number, known in enumerate(self._own_strengths):
-            if all(map(same, known, strengths)):
-                return number
-        self._own_strengths.append(strengths)
-        return len(self._own_strengths) - 1
+        places = {group: place(brought[group], self._own_strengths) for group in dict.fromkeys(c.group for c in chosen)}
+        self.groups = [places[c.group] for c in chosen]
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""

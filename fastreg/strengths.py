@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fastreg.device_cache import DeviceCache, to_device
 from fastreg.dtensor import is_dtensor
 
 Strength: TypeAlias = float | Tensor
+Entry = TypeVar("Entry", bound=tuple[Strength | None, ...])
 
 
 class Scale(NamedTuple):
@@ -58,9 +59,9 @@ def measure(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
     return Measure((l1_term + l2_term).to(dtype), l1_term.to(dtype), l2_term.to(dtype), sums)
 
 
-def value_dtype(weights: Sequence[Tensor]) -> torch.dtype:
-    """float32, or float64 where any weight is."""
-    return torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+def value_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The value's, for weights of `dtypes`: float32, or float64 where any weight is."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _pick(strength: Strength, group: int, factor: Strength) -> Strength:
@@ -112,7 +113,16 @@ def same(one: Strength | None, other: Strength | None) -> bool:
 
     Not by hash, for which a compiler would take a float for a constant.
     """
-    return one is other or (isinstance(one, float) and isinstance(other, float) and one == other)
+    return one is other or not (isinstance(one, Tensor) or isinstance(other, Tensor) or one != other)
+
+
+def place(entry: Entry, known: list[Entry]) -> int:
+    """Where `known` has a tuple the `same` as `entry`, which is added where it has none."""
+    for i, one in enumerate(known):
+        if all(map(same, one, entry)):
+            return i
+    known.append(entry)
+    return len(known) - 1
 
 
 def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> Strength:

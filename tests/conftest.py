@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ranks import run_cases
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -41,3 +43,11 @@ def _seed() -> None:
 def path(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(impl, device): every test that takes it runs once in each lane."""
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def outcomes(
+    request: pytest.FixtureRequest, path: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
+    """What went wrong in the module's CASES on that many processes, by rank and case."""
+    return run_cases(request.module.CASES, request.param, path, tmp_path_factory.mktemp("ranks"))

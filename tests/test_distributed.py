@@ -20,11 +20,9 @@ from tests.ranks import (
     check,
     close,
     full,
-    run_cases,
     sharded,
     tensor,
 )
-from tests.ways import Path
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 if AVAILABLE:
@@ -235,13 +233,6 @@ CASES: dict[str, Case] = {
         a_copy_of_the_model,
     )
 }
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def outcomes(
-    request: pytest.FixtureRequest, path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str]]:
-    return run_cases(CASES, request.param, path, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,8 +10,8 @@ import fastreg
 from fastreg.plan import Mode
 from tests.cases import L1, L2
 from tests.check_sharded import check_everything
-from tests.ranks import AVAILABLE, Case, Ranks, check, close, full, run_cases, tensor
-from tests.ways import Path, spy_on_sweeps
+from tests.ranks import AVAILABLE, Case, Ranks, check, close, full, tensor
+from tests.ways import spy_on_sweeps
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 if AVAILABLE:
@@ -177,13 +177,6 @@ CASES: dict[str, Case] = {
         gathered_weights_are_refused,
     )
 }
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def outcomes(
-    request: pytest.FixtureRequest, path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str]]:
-    return run_cases(CASES, request.param, path, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
 
 from fastreg import ops
@@ -46,7 +46,7 @@ def test_opcheck(name: str, differentiable: bool, path: Path) -> None:
         "add_gradient_": (grads, plain(weights), GROUPS, l1.detach(), l2.detach(), differentiable, impl),
         "prox_": (plain(weights), GROUPS, l1.detach(), l2.detach(), differentiable, impl),
     }
-    torch.library.opcheck(getattr(torch.ops.fastreg, name).default, arguments[name])
+    library.opcheck(getattr(torch.ops.fastreg, name).default, arguments[name])
 
 
 def test_the_numbers(path: Path) -> None:
