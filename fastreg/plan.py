@@ -23,10 +23,21 @@ MOST_CHUNKS = 8192
 MOST_BLOCKS_PER_CHUNK = 32
 # The PyTorch path works through scratch memory of this many elements: small enough for the cores' caches, large enough
 # that the cost of an operator call disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
-CPU_BLOCK = 1 << 18
+CPU_BLOCK = 1 << 19
+CPU_SMALL = 1 << 14
 DEVICE_BLOCK = 1 << 26
+# The PyTorch path sums rows of this length in float32. A vector unit of 4 or 8 lanes adds no more than 32 numbers in
+# turn then, which keeps the error of equal ones below 1e-6.
+ROW = 128
+# Blocks whose rows are added up together: a sum of each takes less than one operator call.
+BATCH = 8
 # Tables are filled on the host, whatever the user's default device is.
 HOST_INT64: Any = {"dtype": torch.int64, "device": "cpu"}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic for weights of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Mode(enum.IntEnum):
@@ -39,19 +50,20 @@ class Mode(enum.IntEnum):
     PROX = 4
 
 
-class Piece(NamedTuple):
-    """A run of the weight at `position` in storage order: its start and length, or None for all of it."""
-
-    position: int
-    bounds: tuple[int, int] | None
-
-
 class Block(NamedTuple):
-    """Pieces of one strength group that the PyTorch path handles together."""
+    """Pieces of weights that the PyTorch path handles together."""
+
+    pieces: tuple[tuple[int, int], ...]  # the weight's position, and which of its pieces
+    sizes: tuple[int, ...]
+    padded: int  # elements, with those that make rows whole
+    direct: bool  # whether the one piece can be worked on where it is
+
+
+class Batch(NamedTuple):
+    """Neighbouring blocks of one strength group, whose sums are added up together."""
 
     group: int
-    pieces: tuple[Piece, ...]
-    sizes: tuple[int, ...]
+    blocks: tuple[Block, ...]
 
 
 class Tables(NamedTuple):
@@ -75,33 +87,58 @@ class Part:
         self.groups: list[int] = []
         self.cache = DeviceCache(device, size=8)
 
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of the arithmetic."""
+        return compute_dtype(self.dtype)
+
     @functools.cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The walk of the PyTorch path: large weights cut up, small neighbours of one group packed together."""
-        size = CPU_BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
+    def piece_sizes(self) -> dict[int, tuple[int, ...]]:
+        """By position, how the PyTorch path cuts a weight: into blocks, and what is left of it into rows and a tail."""
+        size, _, row = self._walk
+        cuts = {}
+        for position, numel in zip(self.positions, self.numels, strict=True):
+            left, tail = numel % size, numel % row
+            cuts[position] = (size,) * (numel // size) + tuple(n for n in (left - tail, tail) if n)
+        return cuts
+
+    @functools.cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """The walk of the PyTorch path: large pieces are blocks by themselves, small ones of a group share some."""
+        batches: list[Batch] = []
+        for group in dict.fromkeys(self.groups):
+            positions = [i for i, g in zip(self.positions, self.groups, strict=True) if g == group]
+            blocks = self._blocks([(i, k, n) for i in positions for k, n in enumerate(self.piece_sizes[i])])
+            batches += [Batch(group, tuple(blocks[i : i + BATCH])) for i in range(0, len(blocks), BATCH)]
+        return tuple(batches)
+
+    def _blocks(self, pieces: list[tuple[int, int, int]]) -> list[Block]:
+        size, small, _ = self._walk
         blocks: list[Block] = []
-        pieces: list[Piece] = []
-        sizes: list[int] = []
-        group = 0
+        pack: list[tuple[int, int, int]] = []
+        for piece in pieces:
+            if piece[2] >= small:
+                blocks.append(self._block([piece]))
+                continue
+            if sum(n for _, _, n in pack) + piece[2] > size:
+                blocks.append(self._block(pack))
+                pack = []
+            pack.append(piece)
+        return blocks + ([self._block(pack)] if pack else [])
 
-        def close() -> None:
-            if pieces:
-                blocks.append(Block(group, tuple(pieces), tuple(sizes)))
-            pieces.clear()
-            sizes.clear()
+    def _block(self, pieces: list[tuple[int, int, int]]) -> Block:
+        sizes = tuple(n for _, _, n in pieces)
+        row = self._walk[2]
+        padded = -(-sum(sizes) // row) * row
+        direct = len(sizes) == 1 and padded == sizes[0] and self.dtype == self.compute
+        return Block(tuple((i, k) for i, k, _ in pieces), sizes, padded, direct)
 
-        for position, numel, own_group in zip(self.positions, self.numels, self.groups, strict=True):
-            if own_group != group or sum(sizes) + numel > size:
-                close()
-            group = own_group
-            for start in range(0, numel, size):
-                stop = min(start + size, numel)
-                pieces.append(Piece(position, None if stop - start == numel else (start, stop - start)))
-                sizes.append(stop - start)
-                if stop - start == size:
-                    close()
-        close()
-        return tuple(blocks)
+    @property
+    def _walk(self) -> tuple[int, int, int]:
+        """Elements of a block, of the smallest piece that is one by itself, and of a row."""
+        if self.device.type != "cpu":
+            return DEVICE_BLOCK, DEVICE_BLOCK, 1
+        return CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL), ROW
 
     @property
     def tables(self) -> Tables:
