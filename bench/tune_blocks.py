@@ -19,7 +19,7 @@ from bench import environment
 from bench.clock import clock_for, seconds
 from bench.harness import Harness, quantiles, ratios
 from bench.models import from_shapes, shapes_of
-from fastreg import plan
+from fastreg import plan, recall
 from fastreg.plan import Mode
 from fastreg.strengths import Strengths
 from fastreg.sweep import sweep
@@ -57,7 +57,7 @@ def main() -> None:
     for round_number in range(ROUNDS + 1):
         for block, task in times:
             plan.CPU_BLOCK = block
-            plan._build.cache_clear()
+            recall.forget()
             tasks[task]()  # builds the plan, outside the timing
             floors[block, task].append(seconds(clock, floor))
             times[block, task].append(seconds(clock, tasks[task]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastreg.dtensor import any_dtensor, as_dtensors, as_placed, is_dtensor, local
 from fastreg.ops import sweep
 from fastreg.plan import Mode
+from fastreg.recall import recall
 from fastreg.strengths import UNSCALED, Measure, Scale, Strengths
 from fastreg.sweep import check_writable, counts_changes, is_dense
 
@@ -30,13 +31,21 @@ def add_gradients(
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
         ValueError, RuntimeError: a .grad that cannot be changed in place, likewise.
     """
-    grads = _present_grads(weights, names)
+    compiling = torch.compiler.is_compiling()
+    grads: list[Any] = [w.grad for w in weights]
     keywords: dict[str, Any] = {"scale": scale, "reduce": reduce, "impl": impl, "all_reduce": all_reduce}
+    known = None if compiling or any_dtensor(weights) else recall(weights, groups)
+    usual = known is not None and known.accepts(grads)
+    if usual:
+        keywords["known"] = known
+    else:
+        grads = _present_grads(weights, grads, names)
     found = sweep(weights, groups, Mode.ACCUMULATE, strengths, grads=grads, **keywords)
-    for w, grad in zip(weights, grads, strict=True):
-        if w.grad is not grad:
-            w.grad = grad
-    if not torch.compiler.is_compiling():
+    if not usual:
+        for w, grad in zip(weights, grads, strict=True):
+            if w.grad is not grad:
+                w.grad = grad
+    if not compiling:
         mark_changed(grads)
     return found
 
@@ -48,9 +57,9 @@ def mark_changed(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version([local(t) for t in tensors if is_dtensor(t)])
 
 
-def _present_grads(weights: Sequence[Tensor], names: Sequence[str] | None) -> list[Tensor]:
-    """`_present_grad` of each weight; the usual case is decided here, without a call per weight."""
-    grads = [w.grad for w in weights]
+def _present_grads(weights: Sequence[Tensor], grads: Sequence[Tensor | None], names: Sequence[str] | None) -> list[Any]:
+    """`grads`, with `_present_grad` in place of those that cannot be added to as they are."""
+    present = list(grads)
     distributed = any_dtensor(weights)
     for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
         if (
@@ -62,8 +71,8 @@ def _present_grads(weights: Sequence[Tensor], names: Sequence[str] | None) -> li
             or not grad.is_contiguous()
             or not counts_changes(grad)
         ):
-            grads[i] = _present_grad(w, names[i] if names else "")
-    return grads  # type: ignore[return-value]
+            present[i] = _present_grad(w, names[i] if names else "")
+    return present
 
 
 def _present_grad(weight: Tensor, name: str) -> Tensor:

@@ -1,41 +1,39 @@
 """What the PyTorch path does with a block of weights, in scratch memory that stays in cache."""
 
-import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastreg.plan import ROW, Batch, Block, Mode, Part
+from fastreg.scratch import memory_of
 from fastreg.strengths import accumulate_dtype
 
 # Between these, no float32 square that over- or underflowed can have cost the sum over a batch a digit.
 SAFE_SQUARE_SUMS = (1e-24, 1e37)
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 
-# Host memory kept by each thread, at most some blocks of it: to take it anew costs a page fault per 4 KiB.
-_KEPT = threading.local()
 Pieces = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
 
 
-class Scratch:
-    """Block-sized buffers for one part, and the arithmetic that fills them."""
+class Worker:
+    """The arithmetic on the blocks of one part."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self._views: dict[tuple[str, int], Tensor] = {}
+        self._compute = part.compute
+        self._memory = memory_of(part.device)
 
     def read(self, block: Block, weights: Pieces) -> Tensor:
         """The block as one vector in the dtype of the arithmetic, zeros filling its last row; no copy if it is that."""
         if block.direct:
-            position, number = block.pieces[0]
-            return weights[position][number]
-        n = sum(block.sizes)
-        vector = self.buffer("input", block.padded)
-        if block.padded != n:
-            vector[n:].zero_()
-        _copy(self._split(vector, block), _pieces(weights, block))
+            return _only_piece(weights, block)
+        pieces = _pieces(weights, block)
+        vector, parts, rest = self._packed("input", block, pieces)
+        if rest is not None:
+            rest.zero_()
+        _copy(parts, pieces)
         return vector
 
     def sums(self, batch: Batch, weights: Pieces, to_float32: bool) -> "BatchSums":
@@ -50,20 +48,26 @@ class Scratch:
 
         What is added is rounded to the storage dtype first: autograd's order, so that its bits are ours.
         """
-        pieces = _pieces(targets, block)
-        if mode == Mode.ACCUMULATE:
-            if not (block.direct and self._add_in_one_pass(pieces[0], w, l1, 2 * l2)):
-                result = self.gradient(w, l1, l2, out=self.buffer("result", w.numel()))
-                torch._foreach_add_(pieces, self._split(result.to(self._part.dtype), block))
+        change = self.prox if mode == Mode.PROX else self.gradient
+        if block.direct:
+            target = _only_piece(targets, block)
+            if mode != Mode.ACCUMULATE:
+                change(w, l1, l2, target)
+            elif not self._add_in_one_pass(target, w, l1, 2 * l2):
+                target.add_(self.gradient(w, l1, l2, out=self._vector("result", w)))
             return
-        out = pieces[0] if block.direct else self.buffer("result", w.numel())
-        (self.prox if mode == Mode.PROX else self.gradient)(w, l1, l2, out)
-        if not block.direct:
-            _copy(pieces, self._split(out, block))
+        pieces = _pieces(targets, block)
+        result, parts, _ = self._packed("result", block, pieces)
+        change(w, l1, l2, result)
+        if mode != Mode.ACCUMULATE:
+            _copy(pieces, parts)
+        else:
+            same = self._part.dtype == self._compute
+            torch._foreach_add_(pieces, parts if same else [part.to(self._part.dtype) for part in parts])
 
     def gradient(self, w: Tensor, l1: Tensor | float, l2: Tensor | float, out: Tensor) -> Tensor:
         """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel."""
-        sign = torch.sign(w, out=self.buffer("sign", w.numel())).mul_(l1)
+        sign = torch.sign(w, out=self._vector("sign", w)).mul_(l1)
         slope = 2 * l2
         if self._is_factor(slope):
             return torch.add(sign, w, alpha=slope, out=out)
@@ -81,7 +85,7 @@ class Scratch:
         # SGD takes no momentum for none, and a small slope drowns in the 1.
         if l1 == 0 or abs((1 - dampening) - slope) > 1e-9 * slope:
             return False
-        sign = torch.sign(w, out=self.buffer("sign", w.numel()))
+        sign = torch.sign(w, out=self._vector("sign", w))
         torch._fused_sgd_(
             [grad],
             [w],
@@ -102,7 +106,7 @@ class Scratch:
             torch.ops.aten.softshrink.out(w, l1, out=out)
             out.add_(0.0)  # it leaves zeros of either sign
         else:
-            sign = torch.sign(w, out=self.buffer("sign", w.numel()))
+            sign = torch.sign(w, out=self._vector("sign", w))
             torch.abs(w, out=out)
             # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
             dropped = torch.le(out, l1)
@@ -112,7 +116,7 @@ class Scratch:
     def wide_sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w², every element converted to float64 first."""
         dtype = accumulate_dtype(w.device)
-        wide = self.buffer("wide", w.numel(), dtype)
+        wide = self._memory.vector("wide", dtype, w.numel())
         if w.dtype != dtype:
             w = wide.copy_(w)
         square_sum = torch.dot(w, w)
@@ -122,78 +126,91 @@ class Scratch:
         """For each row of `w` the sum of |w|, and the square root of that of w², in float32."""
         rows = w.view(-1, ROW)
         torch.linalg.vector_norm(rows, 2, dim=1, out=norms)
-        torch.sum(torch.abs(rows, out=self.buffer("sign", w.numel()).view(-1, ROW)), 1, out=abs_sums)
+        n = w.numel()
+        magnitudes = self._memory.view(
+            ("rows of sign", n), "sign", torch.float32, n, lambda vector: vector.view(-1, ROW)
+        )
+        torch.sum(torch.abs(rows, out=magnitudes), 1, out=abs_sums)
 
-    def buffer(self, name: str, n: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Memory for `n` elements, the same at every call with this name."""
-        view = self._views.get((name, n))
-        if view is None:
-            view = self._views[name, n] = _memory(name, n, dtype or self._part.compute, self._part.device)
-        return view
+    def row_buffers(self, n_rows: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """For blocks of so many rows: space for all sums of |w|, all norms of w, and both by block."""
+        n = 2 * sum(n_rows)
+        return self._memory.view(n_rows, "rows", torch.float32, n, lambda vector: _cut_rows(vector, n_rows))
+
+    def _vector(self, name: str, like: Tensor) -> Tensor:
+        return self._memory.vector(name, self._compute, like.numel())
+
+    def _packed(
+        self, name: str, block: Block, pieces: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """A vector for the block, parts of it in the shapes of `pieces`, and what is behind these."""
+        shapes = tuple([piece.shape for piece in pieces])
+        key = name, self._compute, shapes
+        return self._memory.view(
+            key, name, self._compute, block.padded, lambda vector: _cut_pack(vector, block, shapes)
+        )
 
     def _is_factor(self, strength: Tensor | float) -> TypeGuard[float]:
         """Whether operators take it as a number: they refuse one that overflows their dtype."""
-        return isinstance(strength, float) and abs(strength) <= torch.finfo(self._part.compute).max
-
-    def _split(self, vector: Tensor, block: Block) -> tuple[Tensor, ...]:
-        n = sum(block.sizes)
-        vector = vector if n == block.padded else vector[:n]
-        return (vector,) if len(block.sizes) == 1 else torch.split_with_sizes(vector, block.sizes)  # type: ignore[return-value]
+        return isinstance(strength, float) and abs(strength) <= torch.finfo(self._compute).max
 
 
 class BatchSums:
     """Sums of |w| and w² over the blocks of one batch, in float64 from the element on."""
 
-    def __init__(self, batch: Batch, weights: Pieces, scratch: Scratch) -> None:
-        self._batch, self._weights, self._scratch = batch, weights, scratch
-        self._sums: list[Tensor] = []
+    def __init__(self, batch: Batch, weights: Pieces, worker: Worker) -> None:
+        self._batch, self._weights, self._worker = batch, weights, worker
+        self._sums: list[tuple[Tensor, Tensor]] = []
 
     def add(self, number: int, w: Tensor) -> None:
         """Adds block `number` of the batch, whose elements are `w`."""
-        self._sums += self._scratch.wide_sums(w)
+        self._sums.append(self._worker.wide_sums(w))
 
-    def total(self) -> list[Tensor]:
-        """0-dim tensors, in turn a sum of |w| and one of w²."""
+    def total(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of 0-dim tensors, in float64."""
         return self._sums
 
 
 class RowSums(BatchSums):
-    """The same in float32 along the rows of a block and in float64 over these: half the traffic, in host memory.
+    """The same, in float32 along rows and in float64 over these: half the traffic, in host memory.
 
     Where squares left float32's range, the blocks are read once more, to be summed like those of a `BatchSums`.
     """
 
-    def __init__(self, batch: Batch, weights: Pieces, scratch: Scratch) -> None:
-        super().__init__(batch, weights, scratch)
-        n_rows = [block.padded // ROW for block in batch.blocks]
-        self._rows = scratch.buffer("rows", 2 * sum(n_rows))
-        self._of_blocks = [rows.split(n_rows) for rows in self._rows.view(2, -1).unbind()]
+    def __init__(self, batch: Batch, weights: Pieces, worker: Worker) -> None:
+        super().__init__(batch, weights, worker)
+        self._abs_sums, self._norms, self._of_blocks = worker.row_buffers(batch.n_rows)
 
     def add(self, number: int, w: Tensor) -> None:  # noqa: D102
-        abs_sums, norms = self._of_blocks
-        self._scratch.row_sums(w, abs_sums[number], norms[number])
+        self._worker.row_sums(w, *self._of_blocks[number])
 
-    def total(self) -> list[Tensor]:  # noqa: D102
-        wide = self._scratch.buffer("wide rows", self._rows.numel(), torch.float64).copy_(self._rows)
-        abs_sums, norms = wide.view(2, -1).unbind()
-        sums = [abs_sums.sum(), torch.dot(norms, norms)]
+    def total(self) -> list[tuple[Tensor, Tensor]]:  # noqa: D102
+        abs_sum = self._abs_sums.sum(dtype=torch.float64)
+        square_sum = torch.linalg.vector_norm(self._norms, 2, dtype=torch.float64).square_()
         low, high = SAFE_SQUARE_SUMS
-        if not (low <= sums[1].item() <= high or sums[0].item() == 0):
-            sums = []
-            for block in self._batch.blocks:
-                sums += self._scratch.wide_sums(self._scratch.read(block, self._weights))
-        return sums
+        if low <= square_sum.item() <= high or abs_sum.item() == 0:
+            return [(abs_sum, square_sum)]
+        return [self._worker.wide_sums(self._worker.read(block, self._weights)) for block in self._batch.blocks]
 
 
-def _memory(name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty(n, dtype=dtype, device=device)
-    kept: dict[Any, Tensor] = _KEPT.__dict__
-    memory = kept.get((name, dtype))
-    if memory is None or memory.numel() < n:
-        with torch.inference_mode(False):
-            memory = kept[name, dtype] = torch.empty(n, dtype=dtype, device=device)
-    return memory[:n]
+def _cut_rows(vector: Tensor, n_rows: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    both = vector[: sum(n_rows)], vector[sum(n_rows) :]
+    return *both, list(zip(*(torch.split_with_sizes(whole, n_rows) for whole in both), strict=True))
+
+
+def _cut_pack(
+    vector: Tensor, block: Block, shapes: Sequence[torch.Size]
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    n = sum(block.sizes)
+    parts = torch.split_with_sizes(vector[:n], block.sizes)
+    shaped = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return vector, shaped, vector[n:] if n < block.padded else None
+
+
+def _only_piece(of_weights: Pieces, block: Block) -> Tensor:
+    position, number = block.pieces[0]
+    piece = of_weights[position][number]
+    return piece if piece.ndim == 1 else piece.view(-1)
 
 
 def _pieces(of_weights: Pieces, block: Block) -> tuple[Tensor, ...]:

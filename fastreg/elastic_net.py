@@ -115,8 +115,11 @@ class ElasticNet:
         elif torch.compiler.is_compiling():
             penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))
         elif torch.is_grad_enabled():
-            call = Call(groups, self._impl, all_reduce=reduce)
-            penalty = Penalty(*ElasticPenaltyFunction.apply(call, *strengths, *weights))
+            call = Call(groups, self._impl, all_reduce=reduce, terms=return_terms)
+            found = ElasticPenaltyFunction.apply(call, *strengths, *weights)
+            if not return_terms:
+                return found[0]  # type: ignore[no-any-return]
+            penalty = Penalty(*found)
         else:
             penalty = _penalty(sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl, all_reduce=reduce))
         return penalty if return_terms else penalty.total

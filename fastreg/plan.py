@@ -24,7 +24,9 @@ MOST_BLOCKS_PER_CHUNK = 32
 # The PyTorch path works through scratch memory of this many elements: small enough for the cores' caches, large enough
 # that the cost of an operator call disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
 CPU_BLOCK = 1 << 19
+# There, larger pieces than this are not copied to be packed with others, unless the whole model is smaller than that.
 CPU_SMALL = 1 << 14
+CPU_PACK = 1 << 17
 DEVICE_BLOCK = 1 << 26
 # The PyTorch path sums rows of this length in float32. A vector unit of 4 or 8 lanes adds no more than 32 numbers in
 # turn then, which keeps the error of equal ones below 1e-6.
@@ -64,6 +66,7 @@ class Batch(NamedTuple):
 
     group: int
     blocks: tuple[Block, ...]
+    n_rows: tuple[int, ...]  # of each block
 
 
 class Tables(NamedTuple):
@@ -95,11 +98,12 @@ class Part:
     @functools.cached_property
     def piece_sizes(self) -> dict[int, tuple[int, ...]]:
         """By position, how the PyTorch path cuts a weight: into blocks, and what is left of it into rows and a tail."""
-        size, _, row = self._walk
+        size, small, row = self._walk
         cuts = {}
         for position, numel in zip(self.positions, self.numels, strict=True):
             left, tail = numel % size, numel % row
-            cuts[position] = (size,) * (numel // size) + tuple(n for n in (left - tail, tail) if n)
+            rest = (left - tail, tail) if left - tail >= small else (left,)
+            cuts[position] = (size,) * (numel // size) + tuple(n for n in rest if n)
         return cuts
 
     @functools.cached_property
@@ -109,7 +113,9 @@ class Part:
         for group in dict.fromkeys(self.groups):
             positions = [i for i, g in zip(self.positions, self.groups, strict=True) if g == group]
             blocks = self._blocks([(i, k, n) for i in positions for k, n in enumerate(self.piece_sizes[i])])
-            batches += [Batch(group, tuple(blocks[i : i + BATCH])) for i in range(0, len(blocks), BATCH)]
+            for i in range(0, len(blocks), BATCH):
+                some = tuple(blocks[i : i + BATCH])
+                batches.append(Batch(group, some, tuple([block.padded // ROW for block in some])))
         return tuple(batches)
 
     def _blocks(self, pieces: list[tuple[int, int, int]]) -> list[Block]:
@@ -133,12 +139,14 @@ class Part:
         direct = len(sizes) == 1 and padded == sizes[0] and self.dtype == self.compute
         return Block(tuple((i, k) for i, k, _ in pieces), sizes, padded, direct)
 
-    @property
+    @functools.cached_property
     def _walk(self) -> tuple[int, int, int]:
         """Elements of a block, of the smallest piece that is one by itself, and of a row."""
         if self.device.type != "cpu":
             return DEVICE_BLOCK, DEVICE_BLOCK, 1
-        return CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL), ROW
+        # A model that fits into one pack needs no more operator calls than one tensor.
+        small = CPU_SMALL if sum(self.numels) > CPU_PACK else CPU_BLOCK
+        return CPU_BLOCK, min(CPU_BLOCK, small), ROW
 
     @property
     def tables(self) -> Tables:

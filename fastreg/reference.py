@@ -4,12 +4,15 @@
 where autograd or a compiler has to see it.
 """
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.blocks import Scratch
+from fastreg.blocks import Worker
 from fastreg.plan import Mode, Part, compute_dtype
 from fastreg.strengths import Measure, Scale, Strength, Strengths, accumulate_dtype, measure
 
@@ -89,61 +92,60 @@ def sweep(
     # Only host memory may be looked at: elsewhere the comparison would wait for the device.
     if mode == Mode.RESCALE and all(isinstance(s, Tensor) and s.device.type == "cpu" and bool(s == 1) for s in scale):
         return None
-    of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
-    if device.type == "cpu":
-        # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        of_group = [(float(l1), float(l2)) for l1, l2 in of_group]
+    of_group: list[tuple[Any, Any]] = []
+    if mode != Mode.VALUE:
+        if device.type == "cpu":
+            # Floats save a pass over every block, and in host memory there is nothing to wait for.
+            scale = Scale(*map(float, scale))
+        of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
+        if device.type == "cpu":
+            of_group = [(float(l1), float(l2)) for l1, l2 in of_group]
     # The gradients of strengths are made of the sums, with all their digits.
     to_float32 = value_dtype == torch.float32 and not any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
-    sums: list[list[Tensor]] = [[] for _ in range(n_groups)]
+    sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_groups)]
     for part in parts:
         sources = _pieces(weights, part)
         targets = sources if grads is None else _pieces(grads, part)
-        scratch = Scratch(part)
+        worker = Worker(part)
         for batch in part.batches:
-            counted = scratch.sums(batch, sources, to_float32) if value_dtype is not None else None
+            counted = worker.sums(batch, sources, to_float32) if value_dtype is not None else None
             for number, block in enumerate(batch.blocks):
-                w = scratch.read(block, sources)
+                w = worker.read(block, sources)
                 if counted is not None:
                     counted.add(number, w)
                 if mode != Mode.VALUE:
-                    scratch.update(mode, block, w, targets, *of_group[batch.group])
+                    worker.update(mode, block, w, targets, *of_group[batch.group])
             if counted is not None:
                 sums[batch.group] += counted.total()
     if value_dtype is None:
         return None
-    return _measure([_total(of_one, device) for of_one in sums], strengths, value_dtype)
+    if device.type == "cpu":
+        return _measure_on_host(sums, strengths, value_dtype)
+    zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
+    totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
+    return measure(torch.stack(totals), strengths, value_dtype)
 
 
-def _total(sums: list[Tensor], device: torch.device) -> Tensor:
-    if not sums:
-        return torch.zeros(2, dtype=accumulate_dtype(device), device=device)
-    pairs = torch.stack(sums)
-    return pairs if len(sums) == 2 else pairs.view(-1, 2).sum(0)
-
-
-def _measure(pairs: list[Tensor], strengths: Strengths, dtype: torch.dtype) -> Measure:
-    sums = torch.stack(pairs)
+def _measure_on_host(pairs: list[list[tuple[Tensor, Tensor]]], strengths: Strengths, dtype: torch.dtype) -> Measure:
+    """`fastreg.strengths.measure` in Python's float64: an operator call would take longer than its work."""
+    totals = [[sum([pair[i].item() for pair in of_group]) for i in range(2)] for of_group in pairs]
+    sums = torch.tensor(totals, dtype=torch.float64, device="cpu")
     l1, l2 = strengths
-    if sums.device.type != "cpu" or isinstance(l1, Tensor) or isinstance(l2, Tensor):
+    if isinstance(l1, Tensor) or isinstance(l2, Tensor):
         return measure(sums, strengths, dtype)
-    # The same arithmetic without an operator call for every step of it.
-    columns = zip(*sums.tolist(), strict=True)
-    l1_term, l2_term = (sum(s * x for x in column) for s, column in zip((l1, l2), columns, strict=True))
-    terms = [torch.tensor(x, dtype=dtype, device="cpu") for x in (l1_term + l2_term, l1_term, l2_term)]
-    return Measure(terms[0], terms[1], terms[2], sums)
+    l1_term, l2_term = sum([l1 * total[0] for total in totals]), sum([l2 * total[1] for total in totals])
+    most = torch.finfo(dtype).max
+    total, l1_term, l2_term = [math.inf if x > most else x for x in (l1_term + l2_term, l1_term, l2_term)]
+    make = functools.partial(torch.scalar_tensor, dtype=dtype, device="cpu")
+    return Measure(make(total), make(l1_term), make(l2_term), sums)
 
 
 def _pieces(tensors: Sequence[Tensor], part: Part) -> dict[int, Sequence[Tensor]]:
-    """The part's share of `tensors`, by position, as vectors in storage order that are cut as the part says."""
-    return {
-        i: _flat(tensors[i]).split(sizes) if len(sizes) != 1 else (_flat(tensors[i]),)
-        for i, sizes in part.piece_sizes.items()
-    }
-
-
-def _flat(dense: Tensor) -> Tensor:
-    """A vector over the storage of a dense tensor, whatever the order of its strides."""
-    if dense.ndim == 1 and dense.is_contiguous():
-        return dense
-    return dense.view(-1) if dense.is_contiguous() else dense.as_strided((dense.numel(),), (1,))
+    """The part's share of dense `tensors`, by position: contiguous, and cut in storage order as the part says."""
+    pieces: dict[int, Sequence[Tensor]] = {}
+    for i, sizes in part.piece_sizes.items():
+        tensor = tensors[i]
+        if not tensor.is_contiguous():
+            tensor = tensor.as_strided((tensor.numel(),), (1,))
+        pieces[i] = (tensor,) if len(sizes) == 1 else tensor.view(-1).split(sizes)
+    return pieces

@@ -3,6 +3,7 @@
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,8 +31,12 @@ class Selection:
     def __init__(self, params: Any, include: Filter, exclude: Filter) -> None:
         self._candidates, self._own_strengths, modules = _collect(params)
         # What is in each module, to notice when that changes.
-        contents = [contained for module in modules for contained in (module._parameters, module._modules)]
-        self._contents: list[tuple[dict[str, Any], tuple[Any, ...]]] = [(d, tuple(d.values())) for d in contents]
+        self._contents: list[dict[str, Any]] = [
+            contained for module in modules for contained in (module._parameters, module._modules)
+        ]
+        self._lengths = list(map(len, self._contents))
+        self._filled = [contained for contained in self._contents if contained]
+        self._contained = self._now_contained()
         self._requires_grad = [c.tensor.requires_grad for c in self._candidates]
         chosen = _choose(self._candidates, _matcher(include, "include"), _matcher(exclude, "exclude"))
         _check_fsdp(chosen, modules)
@@ -44,9 +49,15 @@ class Selection:
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
-        return [c.tensor.requires_grad for c in self._candidates] == self._requires_grad and all(
-            len(now) == len(then) and all(map(operator.is_, now.values(), then)) for now, then in self._contents
+        # Hundreds of modules, asked at every call: without a loop in Python.
+        return (
+            [c.tensor.requires_grad for c in self._candidates] == self._requires_grad
+            and list(map(len, self._contents)) == self._lengths
+            and all(map(operator.is_, self._now_contained(), self._contained))
         )
+
+    def _now_contained(self) -> list[Any]:
+        return list(chain.from_iterable([contained.values() for contained in self._filled]))
 
     def strengths(self, l1: Strength, l2: Strength) -> Strengths:
         """The groups' own strengths, with `l1` and `l2` where a group has none."""

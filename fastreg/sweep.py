@@ -1,5 +1,6 @@
 """One sweep over a list of weights, on whatever devices they are: staging, dispatch, and the value's last step."""
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from fastreg import reference
 from fastreg.plan import Mode, plan_for
+from fastreg.recall import Known, recall, remember
 from fastreg.strengths import UNSCALED, Measure, Scale, Strengths, measure
 
 
@@ -21,6 +23,7 @@ def sweep(
     grads: Sequence[Tensor] | None = None,
     reduce: bool = True,
     impl: str | None = None,
+    known: Known | None = None,
 ) -> Measure | None:
     """Visits every element of `weights` once.
 
@@ -31,18 +34,22 @@ def sweep(
         grads: one tensor of the weight's shape, dtype and device for each weight.
         reduce: whether the value is wanted.
         impl: "triton", "torch", or None for the best there is.
+        known: what `recall` says of these weights, if that accepts `grads`.
 
     Raises:
         RuntimeError: impl="triton" where it cannot run.
     """
-    dense = [w if w.is_contiguous() or is_dense(w) else w.contiguous() for w in weights]
-    staged = None
-    if grads is not None:
-        staged = [
-            g if g.is_contiguous() and w.is_contiguous() else _stage(g, w, mode)
-            for g, w in zip(grads, dense, strict=True)
-        ]
-    plan = plan_for(dense, groups)
+    accepted = known is not None
+    known = known or recall(weights, groups)
+    dense = weights if known else [w if is_dense(w) else w.contiguous() for w in weights]
+    plan = known.plan if known else plan_for(dense, groups)
+    if known is None and all(map(operator.is_, dense, weights)):
+        known = remember(weights, groups, plan)
+    staged = grads
+    if grads is not None and not accepted and not (known and known.accepts(grads)):
+        staged = [_stage(g, w, mode) for g, w in zip(grads, dense, strict=True)]
+        if known and all(map(operator.is_, staged, grads)):
+            known.accept(grads)
     value_dtype = plan.value_dtype if reduce else None
     measures: list[Measure | None] = []
     # All decided before the first write, so that an error leaves everything as it was.
@@ -52,9 +59,9 @@ def sweep(
         for run, (device, parts) in zip(runs, plan.shards.items(), strict=True):
             local = strengths.on(device), scale.on(device)
             measures.append(run(parts, mode, dense, staged, *local, plan.n_groups, value_dtype))
-    if mode == Mode.PROX:
+    if mode == Mode.PROX and dense is not weights:
         _unstage(dense, weights)
-    if staged is not None and grads is not None:
+    if staged is not None and grads is not None and staged is not grads:
         _unstage(staged, grads)
     if value_dtype is None or len(measures) == 1:
         return measures[0]
@@ -154,7 +161,7 @@ def _dense_stride(weight: Tensor) -> tuple[int, ...]:
 
 def _stage(target: Tensor, weight: Tensor, mode: Mode) -> Tensor:
     """`target` itself where it has the weight's memory order, else a copy that has."""
-    if target.stride() == weight.stride() or target.numel() == 0:
+    if target.stride() == weight.stride() or target.numel() == 0 or (target.is_contiguous() and weight.is_contiguous()):
         return target
     staged = torch.empty_like(weight)
     return staged.copy_(target) if mode in (Mode.ACCUMULATE, Mode.RESCALE) else staged

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastreg import plan
+from fastreg import plan, recall
 from fastreg.plan import Mode
 from tests.ways import WAYS, Path, Scene, grid, spy_on_sweeps
 
@@ -53,13 +53,13 @@ def test_the_direct_way_needs_no_memory_of_the_models_size(
     block = 256
     monkeypatch.setattr(plan, "CPU_BLOCK", block)
     monkeypatch.setattr(plan, "DEVICE_BLOCK", block)
-    plan._build.cache_clear()
+    recall.forget()
     scene = with_gradients(Scene(way, path, many(8)))
 
     with Operators() as operators:
         (2 * scene.penalty()).backward()
 
-    plan._build.cache_clear()
+    recall.forget()
     n_elements = sum(w.numel() for w in scene.weights)
     # The ordinary way shows that the measurement sees a buffer where there is one.
     assert operators.largest <= block if way == "direct" else operators.largest >= n_elements

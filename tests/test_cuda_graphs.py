@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastreg
-from fastreg import plan, strengths
+from fastreg import plan, recall, strengths
 from tests.ways import Path, grid
 
 Weights = list[Tensor]
@@ -58,7 +58,7 @@ def states(weights: Weights, result: Any) -> list[Tensor]:
 
 def forget() -> None:
     """Everything that was cached is given up, and its memory is overwritten."""
-    plan._build.cache_clear()
+    recall.forget()
     strengths._CONSTANTS.clear()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
