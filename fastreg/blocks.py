@@ -17,13 +17,15 @@ _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 Pieces = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
 
 
-class Worker:
+class BlockOps:
     """The arithmetic on the blocks of one part."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
         self._compute = part.compute
         self._memory = memory_of(part.device)
+        self._most = torch.finfo(part.compute).max
+        self._on_host = part.device.type == "cpu"
 
     def read(self, block: Block, weights: Pieces) -> Tensor:
         """The block as one vector in the dtype of the arithmetic, zeros filling its last row; no copy if it is that."""
@@ -38,7 +40,7 @@ class Worker:
 
     def sums(self, batch: Batch, weights: Pieces, to_float32: bool) -> "BatchSums":
         """What adds up the blocks of `batch`; `to_float32` if only float32 digits are wanted."""
-        by_rows = to_float32 and self._part.device.type == "cpu" and self._part.compute == torch.float32
+        by_rows = to_float32 and self._on_host and self._part.compute == torch.float32
         return (RowSums if by_rows else BatchSums)(batch, weights, self)
 
     def update(
@@ -79,7 +81,7 @@ class Worker:
         A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
         lr * buffer. With sign(w) as the buffer and w in the gradient's place, that buffer is the penalty's gradient.
         """
-        if not (_HAS_FUSED_SGD and self._part.device.type == "cpu" and self._is_factor(l1) and self._is_factor(slope)):
+        if not (_HAS_FUSED_SGD and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
             return False
         dampening = 1 - slope
         # SGD takes no momentum for none, and a small slope drowns in the 1.
@@ -152,19 +154,19 @@ class Worker:
 
     def _is_factor(self, strength: Tensor | float) -> TypeGuard[float]:
         """Whether operators take it as a number: they refuse one that overflows their dtype."""
-        return isinstance(strength, float) and abs(strength) <= torch.finfo(self._compute).max
+        return isinstance(strength, float) and abs(strength) <= self._most
 
 
 class BatchSums:
     """Sums of |w| and w² over the blocks of one batch, in float64 from the element on."""
 
-    def __init__(self, batch: Batch, weights: Pieces, worker: Worker) -> None:
-        self._batch, self._weights, self._worker = batch, weights, worker
+    def __init__(self, batch: Batch, weights: Pieces, ops: BlockOps) -> None:
+        self._batch, self._weights, self._ops = batch, weights, ops
         self._sums: list[tuple[Tensor, Tensor]] = []
 
     def add(self, number: int, w: Tensor) -> None:
         """Adds block `number` of the batch, whose elements are `w`."""
-        self._sums.append(self._worker.wide_sums(w))
+        self._sums.append(self._ops.wide_sums(w))
 
     def total(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of 0-dim tensors, in float64."""
@@ -177,12 +179,12 @@ class RowSums(BatchSums):
     Where squares left float32's range, the blocks are read once more, to be summed like those of a `BatchSums`.
     """
 
-    def __init__(self, batch: Batch, weights: Pieces, worker: Worker) -> None:
-        super().__init__(batch, weights, worker)
-        self._abs_sums, self._norms, self._of_blocks = worker.row_buffers(batch.n_rows)
+    def __init__(self, batch: Batch, weights: Pieces, ops: BlockOps) -> None:
+        super().__init__(batch, weights, ops)
+        self._abs_sums, self._norms, self._of_blocks = ops.row_buffers(batch.n_rows)
 
     def add(self, number: int, w: Tensor) -> None:  # noqa: D102
-        self._worker.row_sums(w, *self._of_blocks[number])
+        self._ops.row_sums(w, *self._of_blocks[number])
 
     def total(self) -> list[tuple[Tensor, Tensor]]:  # noqa: D102
         abs_sum = self._abs_sums.sum(dtype=torch.float64)
@@ -190,7 +192,7 @@ class RowSums(BatchSums):
         low, high = SAFE_SQUARE_SUMS
         if low <= square_sum.item() <= high or abs_sum.item() == 0:
             return [(abs_sum, square_sum)]
-        return [self._worker.wide_sums(self._worker.read(block, self._weights)) for block in self._batch.blocks]
+        return [self._ops.wide_sums(self._ops.read(block, self._weights)) for block in self._batch.blocks]
 
 
 def _cut_rows(vector: Tensor, n_rows: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:

@@ -16,7 +16,7 @@ def is_dtensor(tensor: Tensor | None) -> bool:
 def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
     """Whether any of them is one; imports nothing: where DTensor was not imported, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+    return module is not None and any([issubclass(kind, module.DTensor) for kind in set(map(type, tensors))])
 
 
 def hides_dtensor(tensor: Tensor) -> bool:

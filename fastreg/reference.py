@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.blocks import Worker
+from fastreg.blocks import BlockOps
 from fastreg.plan import Mode, Part, compute_dtype
 from fastreg.strengths import Measure, Scale, Strength, Strengths, accumulate_dtype, measure
 
@@ -96,7 +96,7 @@ def sweep(
     if mode != Mode.VALUE:
         if device.type == "cpu":
             # Floats save a pass over every block, and in host memory there is nothing to wait for.
-            scale = Scale(*map(float, scale))
+            scale = Scale(*(s.detach().item() if isinstance(s, Tensor) else s for s in scale))
         of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
         if device.type == "cpu":
             of_group = [(float(l1), float(l2)) for l1, l2 in of_group]
@@ -106,15 +106,15 @@ def sweep(
     for part in parts:
         sources = _pieces(weights, part)
         targets = sources if grads is None else _pieces(grads, part)
-        worker = Worker(part)
+        ops = BlockOps(part)
         for batch in part.batches:
-            counted = worker.sums(batch, sources, to_float32) if value_dtype is not None else None
+            counted = ops.sums(batch, sources, to_float32) if value_dtype is not None else None
             for number, block in enumerate(batch.blocks):
-                w = worker.read(block, sources)
+                w = ops.read(block, sources)
                 if counted is not None:
                     counted.add(number, w)
                 if mode != Mode.VALUE:
-                    worker.update(mode, block, w, targets, *of_group[batch.group])
+                    ops.update(mode, block, w, targets, *of_group[batch.group])
             if counted is not None:
                 sums[batch.group] += counted.total()
     if value_dtype is None:

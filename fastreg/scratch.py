@@ -10,7 +10,7 @@ from torch import Tensor
 from fastreg import plan
 
 T = TypeVar("T")
-MOST_VIEWS = 4096
+MOST_VIEWS = 512
 
 
 class Memory:

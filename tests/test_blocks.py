@@ -1,0 +1,216 @@
+"""The PyTorch path's blocks on a CPU: sums along float32 rows, pieces of every length, memory that is kept."""
+
+import math
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastreg
+from fastreg import blocks, plan, recall
+from fastreg.plan import ROW
+from tests import oracle
+from tests.cases import L1, L2, leaf
+
+SMALL, BLOCK, PACK = plan.CPU_SMALL, plan.CPU_BLOCK, plan.CPU_PACK
+SIZES = [1, ROW - 1, ROW, ROW + 1, SMALL - 1, SMALL, SMALL + ROW + 3, PACK]
+SIZES += [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + SMALL + 5]
+
+
+def term(weights: list[Tensor], l1: float = 0.0, l2: float = 0.0) -> float:
+    return float(fastreg.elastic_penalty(weights, l1, l2).detach())
+
+
+def assert_exact(actual: float, expected: float) -> None:
+    assert abs(actual - expected) <= oracle.VALUE_RTOL[torch.float32] * expected, (actual, expected)
+
+
+def worst_of_equal(count: int, tries: int) -> list[float]:
+    """The float32 numbers, of some, whose running float32 sum of so many equal ones ends farthest off."""
+    values = np.random.default_rng(0).uniform(1, 2, tries).astype(np.float32)
+    total = np.zeros_like(values)
+    for _ in range(count):
+        total += values
+    errors = np.abs(total.astype(np.float64) - count * values.astype(np.float64)) / values
+    return [float(values[i]) for i in np.argsort(errors)[-8:]]
+
+
+@pytest.mark.parametrize("value", worst_of_equal(ROW // 8, 20_000) + worst_of_equal(ROW // 4, 20_000))
+def test_equal_weights_keep_their_digits(value: float) -> None:
+    """The worst for a sum in float32, which then rounds the same way at every step."""
+    n = 3 * BLOCK + ROW + 1
+    for w in (torch.full((n,), value), torch.full((n,), -math.sqrt(value))):
+        exact = float(w[0].double())
+        assert_exact(term([w], l1=1.0), n * abs(exact))
+        assert_exact(term([w], l2=1.0), n * exact * exact)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-21, 1e-12, 1e12, 1e18, 1e19, 3e30])
+def test_squares_that_leave_the_range_of_float32(scale: float) -> None:
+    w = torch.randn(BLOCK + 77, dtype=torch.float64).mul_(scale).float()
+    values = oracle.array(w)
+    square_sum = math.fsum(values * values)
+    l2 = 1 / square_sum if square_sum < 1e300 else 1e-300
+    if 0 < l2 < 1e300:
+        assert_exact(term([w], l2=l2), l2 * square_sum)
+    assert_exact(term([w], l1=1 / scale), math.fsum(np.abs(values)) / scale)
+
+
+def test_a_batch_out_of_range_among_others() -> None:
+    """Each batch is judged by itself, and read again with the right weights in a pack."""
+    weights = [torch.randn(n) for n in (300, BLOCK * plan.BATCH, 5, 700)] + [torch.full((BLOCK + 3,), 1e20)]
+    weights.insert(2, torch.full((40,), -1e-30))
+    _, _, expected = oracle.penalty(weights, 0.0, 1e-20)
+    assert_exact(term(weights, l2=1e-20), expected)
+    groups = [{"params": [w], "l2": 1e-20 * (i + 1)} for i, w in enumerate(weights)]
+    expected = math.fsum((i + 1) * oracle.penalty([w], 0.0, 1e-20)[0] for i, w in enumerate(weights))
+    assert_exact(float(fastreg.elastic_penalty(groups)), expected)
+
+
+@pytest.mark.parametrize("position", [0, 100, BLOCK + SMALL])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_show_in_every_block(position: int, bad: float) -> None:
+    weights = [torch.ones(100), torch.ones(BLOCK + SMALL), torch.ones(3)]
+    torch.cat(weights)  # their elements in a row, as `position` counts them
+    for w in weights:
+        if position < w.numel():
+            w[position] = bad
+            break
+        position -= w.numel()
+    found = fastreg.elastic_penalty(weights, L1, L2, return_terms=True)
+    assert [float(x) for x in found] == pytest.approx([abs(bad)] * 3, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_pieces_of_every_length(size: int, dtype: torch.dtype) -> None:
+    """Twice, with other numbers: what a block leaves in kept memory is not seen by the next."""
+    for sign in (1, -1):
+        sizes = (size, 3, size // 2 + 1)
+        weights = [leaf((sign * torch.randn(n, dtype=torch.float64)).clamp_(min=-1.5).to(dtype)) for n in sizes]
+        before = [w.detach().clone() for w in weights]
+        found = fastreg.elastic_penalty(weights, L1, L2)
+        np.testing.assert_allclose(float(found.detach()), oracle.penalty(weights, L1, L2)[0], rtol=1e-6)
+
+        found.backward()
+        direct = [w.grad.clone() for w in weights if w.grad is not None]
+        again = fastreg.add_elastic_grad_(weights, L1, L2)
+        assert torch.equal(again.total, found.detach())
+        formed = torch.autograd.grad(fastreg.elastic_penalty(weights, L1, L2), weights)
+        fastreg.elastic_prox_(weights, L1, L2, lr=0.25)
+
+        for w, old, grad, one in zip(weights, before, direct, formed, strict=True):
+            assert oracle.ulp_distance(grad, oracle.gradient(old, L1, L2)) <= 1
+            # Formed at once, and added in one pass: the same bits, also at the ends of vectors.
+            assert torch.equal(one, grad)
+            assert w.grad is not None
+            assert torch.equal(w.grad, grad + grad)
+            assert oracle.ulp_distance(w.detach(), oracle.prox(old, L1, L2, 0.25)) <= 2
+
+
+@pytest.mark.parametrize("l1", [0.0, 1e-45, 1e-5, 1e30, 1e300])
+@pytest.mark.parametrize("l2", [0.0, 1e-45, 1e-13, 1e-9, 1e-5, 0.5, 1e30, 1e300])
+def test_strengths_that_a_fused_optimizer_cannot_take(l1: float, l2: float) -> None:
+    w = leaf(torch.cat([torch.randn(BLOCK), torch.zeros(ROW)]))
+    w.grad = torch.zeros_like(w)
+    fastreg.add_elastic_grad_([w], l1, l2)
+    # An infinite strength times zero is no number, here as in the formula.
+    with np.errstate(over="ignore"):
+        expected = oracle.gradient(w, l1, l2)
+    assert oracle.ulp_distance(w.grad, expected) <= 1
+
+
+def test_where_pytorch_has_no_fused_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, other = (leaf(torch.randn(BLOCK + 5, generator=torch.Generator().manual_seed(0))) for _ in range(2))
+    fastreg.add_elastic_grad_([w], L1, L2)
+    monkeypatch.setattr(blocks, "_HAS_FUSED_SGD", False)
+    fastreg.add_elastic_grad_([other], L1, L2)
+    assert w.grad is not None
+    assert other.grad is not None
+    assert torch.equal(w.grad, other.grad)
+
+
+def test_learnt_strengths_get_all_digits() -> None:
+    w = torch.randn(BLOCK + 5)
+    l1, l2 = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (L1, L2))
+    fastreg.elastic_penalty([w], l1, l2).backward()
+    exact = oracle.penalty([w], 1.0, 1.0)[1:]
+    for strength, derivative in zip((l1, l2), exact, strict=True):
+        assert strength.grad is not None
+        np.testing.assert_allclose(float(strength.grad), derivative, rtol=1e-13)
+
+
+def in_a_thread(call: Callable[[], object]) -> None:
+    """Runs `call` where the memory is new, and its own."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not failures, failures
+
+
+def test_memory_made_in_inference_mode_serves_every_other() -> None:
+    w = leaf(torch.randn(1000))
+
+    def first_in_inference_mode() -> None:
+        with torch.inference_mode():
+            value = fastreg.elastic_penalty([w], L1, L2)
+        found = fastreg.elastic_penalty([w], L1, L2)
+        found.backward()
+        assert torch.equal(value, found.detach())
+        with torch.inference_mode():
+            fastreg.elastic_prox_([w], L1, L2, lr=0.1)
+
+    in_a_thread(first_in_inference_mode)
+
+
+def test_threads_do_not_share_their_memory() -> None:
+    weights = [[leaf(torch.full((n,), float(i + 1))) for n in (700, 3, BLOCK)] for i in range(4)]
+    expected = [oracle.penalty(of_thread, L1, L2)[0] for of_thread in weights]
+    wrong: list[float] = []
+    together = threading.Barrier(len(weights))
+
+    def run(i: int) -> None:
+        together.wait()
+        for _ in range(30):
+            found = float(fastreg.add_elastic_grad_(weights[i], L1, 0.0).total) + term(weights[i], l2=L2)
+            if not abs(found - expected[i]) <= 1e-6 * expected[i]:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(weights))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_kept_memory_does_not_grow() -> None:
+    """It is some blocks, however many models pass through it."""
+
+    def kept() -> int:
+        memory = blocks.memory_of(torch.device("cpu"))
+        return sum(buffer.numel() * buffer.element_size() for buffer in memory._buffers.values())
+
+    def many_models() -> None:
+        w = [leaf(torch.randn(3 * BLOCK)), leaf(torch.randn(9))]
+        fastreg.add_elastic_grad_(w, L1, L2)
+        before = kept()
+        assert before <= 4 * 4 * BLOCK + 16 * plan.BATCH * BLOCK // ROW
+        for n in range(600):
+            recall.forget()
+            term([torch.ones(n + 1), torch.ones(2)], l2=1.0)
+        assert kept() == before
+        assert len(blocks.memory_of(torch.device("cpu"))._views) <= 512
+
+    in_a_thread(many_models)
