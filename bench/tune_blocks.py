@@ -24,7 +24,7 @@ from fastreg.plan import Mode
 from fastreg.strengths import Strengths
 from fastreg.sweep import sweep
 
-BLOCKS = [1 << k for k in range(14, 21)]
+BLOCKS = [1 << k for k in range(15, 22)]
 ROUNDS = 9
 
 

@@ -23,7 +23,7 @@ MOST_CHUNKS = 8192
 MOST_BLOCKS_PER_CHUNK = 32
 # The PyTorch path works through scratch memory of this many elements: small enough for the cores' caches, large enough
 # that the cost of an operator call disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
-CPU_BLOCK = 1 << 18
+CPU_BLOCK = 1 << 19
 # There, larger pieces than this are not copied to be packed with others, unless the whole model is smaller than that.
 CPU_SMALL = 1 << 14
 CPU_PACK = 1 << 17
