@@ -1,31 +1,23 @@
 """How large the PyTorch path's blocks should be, and where the time of add_grad_ goes.
 
-    python -m bench.tune_blocks [--model resnet50] [--out FILE]
+    python -m bench.tune_blocks [--model resnet50] [--rounds N] [--out FILE]
 
 All block sizes and parts of the work take turns in one run, each right after the floor, `g.add_(w, alpha=c)`; figures
 are medians of the ratios to it.
 """
 
-import argparse
-import json
-import statistics
 from collections.abc import Callable
-from itertools import chain
-from pathlib import Path
 
 import torch
 
-from bench import environment
-from bench.clock import clock_for, seconds
-from bench.harness import Harness, quantiles, ratios
 from bench.models import from_shapes, shapes_of
+from bench.turns import arguments, take_turns, write
 from fastreg import plan, recall
 from fastreg.plan import Mode
 from fastreg.strengths import Strengths
 from fastreg.sweep import sweep
 
 BLOCKS = [1 << k for k in range(15, 22)]
-ROUNDS = 9
 
 
 def parts(model: str) -> dict[str, Callable[[], object]]:
@@ -41,40 +33,26 @@ def parts(model: str) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-
+    options = arguments(__doc__, model="resnet50")
     device = torch.device("cpu")
-    clock = clock_for(device)
-    floor = Harness(device, torch.float32, 0.0, ROUNDS).floor(
-        sum(torch.Size(shape).numel() for shape in shapes_of(options.model))
-    )
+    n = sum(torch.Size(shape).numel() for shape in shapes_of(options.model))
     tasks = parts(options.model)
-    times: dict[tuple[int, str], list[float]] = {(block, task): [] for block in BLOCKS for task in tasks}
-    floors: dict[tuple[int, str], list[float]] = {case: [] for case in times}
-    for round_number in range(ROUNDS + 1):
-        for block, task in times:
-            plan.CPU_BLOCK = block
-            recall.forget()
-            tasks[task]()  # builds the plan, outside the timing
-            floors[block, task].append(seconds(clock, floor))
-            times[block, task].append(seconds(clock, tasks[task]))
-        print(f"round {round_number}/{ROUNDS}", flush=True)
+    cases = {f"{block} {task}": call for block in BLOCKS for task, call in tasks.items()}
 
-    found = {
-        f"{block} {task}": quantiles(ratios(times[block, task][1:], floors[block, task][1:]))._asdict()
-        for block, task in times
-    }
-    print(f"{options.model}, multiples of the floor ({statistics.median(chain(*floors.values())) * 1e3:.1f} ms)")
+    def prepare(name: str) -> None:
+        block, task = name.split()
+        plan.CPU_BLOCK = int(block)
+        recall.forget()
+        for _ in range(2):  # builds the plan, which is then known
+            tasks[task]()
+
+    found, floor = take_turns(device, torch.float32, n, options.rounds, cases, prepare)
+    print(f"{options.model}, multiples of the floor ({floor * 1e3:.1f} ms)")
     print("| block | " + " | ".join(tasks) + " |")
     print("| ---: |" + " ---: |" * len(tasks))
     for block in BLOCKS:
         print(f"| {block} | " + " | ".join(f"{found[f'{block} {task}']['p50']:.2f}" for task in tasks) + " |")
-    if options.out:
-        record = {"environment": environment.facts(device), "model": options.model, "rounds": ROUNDS, "ratio": found}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.out, device, found, model=options.model, rounds=options.rounds)
 
 
 if __name__ == "__main__":
