@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from bench.turns import arguments, take_turns, write
-from fastreg.plan import CPU_BLOCK, ROW
+from fastreg.plan import CPU_BLOCK
 
 N_BLOCKS = 48
+ROW = 128
 FIRST = "Σw²: float32 dot"  # the quickest way to have read a block
 
 
 def operators() -> Iterator[tuple[str, Callable[[Tensor, Tensor], object]]]:
     """Names, and what is done to a block of weights and one of gradients."""
     shape = CPU_BLOCK // ROW, ROW
-    rows, out, wide = torch.empty(CPU_BLOCK // ROW), torch.empty(CPU_BLOCK), torch.empty(CPU_BLOCK, dtype=torch.float64)
+    rows, out, wide = torch.empty(CPU_BLOCK // ROW), torch.empty(CPU_BLOCK), torch.zeros(CPU_BLOCK, dtype=torch.float64)
     matrix, zero = out.view(shape), torch.zeros(1, ROW)
 
     def fused(w: Tensor, g: Tensor) -> None:
@@ -37,6 +38,9 @@ def operators() -> Iterator[tuple[str, Callable[[Tensor, Tensor], object]]]:
     yield "Σ|w|: distances of order 1", lambda w, g: torch.ops.aten._cdist_forward(w.view(shape), zero, 1.0, 2)
     yield "both: layer norm", lambda w, g: torch.native_layer_norm(w.view(shape), (ROW,), None, None, 1e-30)
     yield "to float64", lambda w, g: wide.copy_(w)
+    yield "float64 dot, in scratch", lambda w, g: torch.dot(wide, wide)
+    yield "float64 abs, in scratch", lambda w, g: torch.abs(wide, out=wide)
+    yield "float64 sum, in scratch", lambda w, g: wide.sum()
     yield "abs", lambda w, g: torch.abs(w, out=out)
     yield "sum of rows", lambda w, g: torch.sum(w.view(shape), 1, out=rows)
     yield "sum of columns", lambda w, g: torch.sum(w.view(ROW, -1), 0, out=rows)

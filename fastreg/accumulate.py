@@ -29,7 +29,7 @@ def add_gradients(
 
     Raises:
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
-        ValueError, RuntimeError: a .grad that cannot be changed in place, likewise.
+        ValueError, RuntimeError: a .grad of another shape, or that cannot be changed in place, likewise.
     """
     compiling = torch.compiler.is_compiling()
     grads: list[Any] = [w.grad for w in weights]
@@ -67,6 +67,7 @@ def _present_grads(weights: Sequence[Tensor], grads: Sequence[Tensor | None], na
             or grad is None
             or grad.layout is not torch.strided
             or grad.dtype is not w.dtype
+            or grad.shape != w.shape
             or grad.get_device() != w.get_device()
             or not grad.is_contiguous()
             or not counts_changes(grad)
@@ -96,6 +97,10 @@ def _usable(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
         raise TypeError(
             f"{what} is {grad.dtype} on {grad.device} but the weight is {weight.dtype} on {weight.device}; add the "
             "penalty to the loss instead, or convert the gradient"
+        )
+    if grad.shape != weight.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(grad.shape)} but the weight has {tuple(weight.shape)}; set it to None"
         )
     if grad.layout != torch.strided:
         return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one

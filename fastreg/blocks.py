@@ -1,17 +1,16 @@
 """What the PyTorch path does with a block of weights, in scratch memory that stays in cache."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from fastreg.plan import ROW, Batch, Block, Mode, Part
+from fastreg.plan import Block, Mode, Part
 from fastreg.scratch import memory_of
 from fastreg.strengths import accumulate_dtype
 
-# Between these, no float32 square that over- or underflowed can have cost the sum over a batch a digit.
-SAFE_SQUARE_SUMS = (1e-24, 1e37)
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 
 Pieces = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
@@ -28,7 +27,7 @@ class BlockOps:
         self._on_host = part.device.type == "cpu"
 
     def read(self, block: Block, weights: Pieces) -> Tensor:
-        """The block as one vector in the dtype of the arithmetic, zeros filling its last row; no copy if it is that."""
+        """The block as a vector in the dtype of the arithmetic, filled up with zeros; no copy if it is that already."""
         if block.direct:
             return _only_piece(weights, block)
         pieces = _pieces(weights, block)
@@ -38,10 +37,14 @@ class BlockOps:
         _copy(parts, pieces)
         return vector
 
-    def sums(self, batch: Batch, weights: Pieces, to_float32: bool) -> "BatchSums":
-        """What adds up the blocks of `batch`; `to_float32` if only float32 digits are wanted."""
-        by_rows = to_float32 and self._on_host and self._part.compute == torch.float32
-        return (RowSums if by_rows else BatchSums)(batch, weights, self)
+    def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
+        dtype = accumulate_dtype(w.device)
+        wide = self._memory.vector("wide", dtype, w.numel())
+        if w.dtype != dtype:
+            w = wide.copy_(w)
+        square_sum = torch.dot(w, w)
+        return torch.abs(w, out=wide).sum(), square_sum
 
     def update(
         self, mode: Mode, block: Block, w: Tensor, targets: Pieces, l1: Tensor | float, l2: Tensor | float
@@ -84,8 +87,8 @@ class BlockOps:
         if not (_HAS_FUSED_SGD and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
             return False
         dampening = 1 - slope
-        # SGD takes no momentum for none, and a small slope drowns in the 1.
-        if l1 == 0 or abs((1 - dampening) - slope) > 1e-9 * slope:
+        # SGD takes no momentum for none, and of a small slope the 1 swallows digits.
+        if l1 == 0 or self._rounded(1 - dampening) != self._rounded(slope):
             return False
         sign = torch.sign(w, out=self._vector("sign", w))
         torch._fused_sgd_(
@@ -115,30 +118,6 @@ class BlockOps:
             out.sub_(l1).mul_(sign).masked_fill_(dropped, 0.0)
         return out if isinstance(l2, float) and l2 == 0 else out.div_(1 + 2 * l2)
 
-    def wide_sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of |w| and w², every element converted to float64 first."""
-        dtype = accumulate_dtype(w.device)
-        wide = self._memory.vector("wide", dtype, w.numel())
-        if w.dtype != dtype:
-            w = wide.copy_(w)
-        square_sum = torch.dot(w, w)
-        return torch.abs(w, out=wide).sum(), square_sum
-
-    def row_sums(self, w: Tensor, abs_sums: Tensor, norms: Tensor) -> None:
-        """For each row of `w` the sum of |w|, and the square root of that of w², in float32."""
-        rows = w.view(-1, ROW)
-        torch.linalg.vector_norm(rows, 2, dim=1, out=norms)
-        n = w.numel()
-        magnitudes = self._memory.view(
-            ("rows of sign", n), "sign", torch.float32, n, lambda vector: vector.view(-1, ROW)
-        )
-        torch.sum(torch.abs(rows, out=magnitudes), 1, out=abs_sums)
-
-    def row_buffers(self, n_rows: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """For blocks of so many rows: space for all sums of |w|, all norms of w, and both by block."""
-        n = 2 * sum(n_rows)
-        return self._memory.view(n_rows, "rows", torch.float32, n, lambda vector: _cut_rows(vector, n_rows))
-
     def _vector(self, name: str, like: Tensor) -> Tensor:
         return self._memory.vector(name, self._compute, like.numel())
 
@@ -147,57 +126,16 @@ class BlockOps:
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """A vector for the block, parts of it in the shapes of `pieces`, and what is behind these."""
         shapes = tuple([piece.shape for piece in pieces])
-        key = name, self._compute, shapes
-        return self._memory.view(
-            key, name, self._compute, block.padded, lambda vector: _cut_pack(vector, block, shapes)
-        )
+        key = self._compute, shapes
+        return self._memory.view(key, name, block.padded, lambda vector: _cut_pack(vector, block, shapes), len(shapes))
+
+    def _rounded(self, number: float) -> float:
+        """As the operators will take it."""
+        return number if self._compute == torch.float64 else float(struct.unpack("f", struct.pack("f", number))[0])
 
     def _is_factor(self, strength: Tensor | float) -> TypeGuard[float]:
         """Whether operators take it as a number: they refuse one that overflows their dtype."""
         return isinstance(strength, float) and abs(strength) <= self._most
-
-
-class BatchSums:
-    """Sums of |w| and w² over the blocks of one batch, in float64 from the element on."""
-
-    def __init__(self, batch: Batch, weights: Pieces, ops: BlockOps) -> None:
-        self._batch, self._weights, self._ops = batch, weights, ops
-        self._sums: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, number: int, w: Tensor) -> None:
-        """Adds block `number` of the batch, whose elements are `w`."""
-        self._sums.append(self._ops.wide_sums(w))
-
-    def total(self) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of 0-dim tensors, in float64."""
-        return self._sums
-
-
-class RowSums(BatchSums):
-    """The same, in float32 along rows and in float64 over these: half the traffic, in host memory.
-
-    Where squares left float32's range, the blocks are read once more, to be summed like those of a `BatchSums`.
-    """
-
-    def __init__(self, batch: Batch, weights: Pieces, ops: BlockOps) -> None:
-        super().__init__(batch, weights, ops)
-        self._abs_sums, self._norms, self._of_blocks = ops.row_buffers(batch.n_rows)
-
-    def add(self, number: int, w: Tensor) -> None:  # noqa: D102
-        self._ops.row_sums(w, *self._of_blocks[number])
-
-    def total(self) -> list[tuple[Tensor, Tensor]]:  # noqa: D102
-        abs_sum = self._abs_sums.sum(dtype=torch.float64)
-        square_sum = torch.linalg.vector_norm(self._norms, 2, dtype=torch.float64).square_()
-        low, high = SAFE_SQUARE_SUMS
-        if low <= square_sum.item() <= high or abs_sum.item() == 0:
-            return [(abs_sum, square_sum)]
-        return [self._ops.wide_sums(self._ops.read(block, self._weights)) for block in self._batch.blocks]
-
-
-def _cut_rows(vector: Tensor, n_rows: tuple[int, ...]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    both = vector[: sum(n_rows)], vector[sum(n_rows) :]
-    return *both, list(zip(*(torch.split_with_sizes(whole, n_rows) for whole in both), strict=True))
 
 
 def _cut_pack(

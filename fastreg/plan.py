@@ -28,11 +28,9 @@ CPU_BLOCK = 1 << 19
 CPU_SMALL = 1 << 14
 CPU_PACK = 1 << 17
 DEVICE_BLOCK = 1 << 26
-# The PyTorch path sums rows of this length in float32. A vector unit of 4 or 8 lanes adds no more than 32 numbers in
-# turn then, which keeps the error of equal ones below 1e-6.
-ROW = 128
-# Blocks whose rows are added up together: a sum of each takes less than one operator call.
-BATCH = 8
+# The PyTorch path fills blocks up to a multiple of this. What is left over after a vector unit's last full step might
+# be rounded in another way there, and differ between two operators for the same thing.
+LANES = 16
 # Tables are filled on the host, whatever the user's default device is.
 HOST_INT64: Any = {"dtype": torch.int64, "device": "cpu"}
 
@@ -53,20 +51,13 @@ class Mode(enum.IntEnum):
 
 
 class Block(NamedTuple):
-    """Pieces of weights that the PyTorch path handles together."""
-
-    pieces: tuple[tuple[int, int], ...]  # the weight's position, and which of its pieces
-    sizes: tuple[int, ...]
-    padded: int  # elements, with those that make rows whole
-    direct: bool  # whether the one piece can be worked on where it is
-
-
-class Batch(NamedTuple):
-    """Neighbouring blocks of one strength group, whose sums are added up together."""
+    """Pieces of weights of one strength group that the PyTorch path handles together."""
 
     group: int
-    blocks: tuple[Block, ...]
-    n_rows: tuple[int, ...]  # of each block
+    pieces: tuple[tuple[int, int], ...]  # the weight's position, and which of its pieces
+    sizes: tuple[int, ...]
+    padded: int  # elements, with those that fill up the vector units
+    direct: bool  # whether the one piece can be worked on where it is
 
 
 class Tables(NamedTuple):
@@ -97,56 +88,49 @@ class Part:
 
     @functools.cached_property
     def piece_sizes(self) -> dict[int, tuple[int, ...]]:
-        """By position, how the PyTorch path cuts a weight: into blocks, and what is left of it into rows and a tail."""
-        size, small, row = self._walk
+        """By position, how the PyTorch path cuts a weight: into blocks, and the rest so that its tail can be packed."""
+        size, small = self._walk
         cuts = {}
         for position, numel in zip(self.positions, self.numels, strict=True):
-            left, tail = numel % size, numel % row
+            left, tail = numel % size, numel % LANES
             rest = (left - tail, tail) if left - tail >= small else (left,)
             cuts[position] = (size,) * (numel // size) + tuple(n for n in rest if n)
         return cuts
 
     @functools.cached_property
-    def batches(self) -> tuple[Batch, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """The walk of the PyTorch path: large pieces are blocks by themselves, small ones of a group share some."""
-        batches: list[Batch] = []
-        for group in dict.fromkeys(self.groups):
-            positions = [i for i, g in zip(self.positions, self.groups, strict=True) if g == group]
-            blocks = self._blocks([(i, k, n) for i in positions for k, n in enumerate(self.piece_sizes[i])])
-            for i in range(0, len(blocks), BATCH):
-                some = tuple(blocks[i : i + BATCH])
-                batches.append(Batch(group, some, tuple([block.padded // ROW for block in some])))
-        return tuple(batches)
-
-    def _blocks(self, pieces: list[tuple[int, int, int]]) -> list[Block]:
-        size, small, _ = self._walk
+        size, small = self._walk
         blocks: list[Block] = []
-        pack: list[tuple[int, int, int]] = []
-        for piece in pieces:
-            if piece[2] >= small:
-                blocks.append(self._block([piece]))
-                continue
-            if sum(n for _, _, n in pack) + piece[2] > size:
-                blocks.append(self._block(pack))
-                pack = []
-            pack.append(piece)
-        return blocks + ([self._block(pack)] if pack else [])
+        packs: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        free: dict[int, int] = {}
+        for position, group in zip(self.positions, self.groups, strict=True):
+            for number, n in enumerate(self.piece_sizes[position]):
+                if n >= small:
+                    blocks.append(self._block(group, [(position, number)], [n]))
+                    continue
+                if free.get(group, 0) < n:
+                    if group in packs:
+                        blocks.append(self._block(group, *packs[group]))
+                    packs[group], free[group] = ([], []), size
+                packs[group][0].append((position, number))
+                packs[group][1].append(n)
+                free[group] -= n
+        return (*blocks, *(self._block(group, *pack) for group, pack in packs.items()))
 
-    def _block(self, pieces: list[tuple[int, int, int]]) -> Block:
-        sizes = tuple(n for _, _, n in pieces)
-        row = self._walk[2]
-        padded = -(-sum(sizes) // row) * row
+    def _block(self, group: int, pieces: list[tuple[int, int]], sizes: list[int]) -> Block:
+        lanes = LANES if self.device.type == "cpu" else 1
+        padded = -(-sum(sizes) // lanes) * lanes
         direct = len(sizes) == 1 and padded == sizes[0] and self.dtype == self.compute
-        return Block(tuple((i, k) for i, k, _ in pieces), sizes, padded, direct)
+        return Block(group, tuple(pieces), tuple(sizes), padded, direct)
 
     @functools.cached_property
-    def _walk(self) -> tuple[int, int, int]:
-        """Elements of a block, of the smallest piece that is one by itself, and of a row."""
+    def _walk(self) -> tuple[int, int]:
+        """Elements of a block, and of the smallest piece that is one by itself."""
         if self.device.type != "cpu":
-            return DEVICE_BLOCK, DEVICE_BLOCK, 1
+            return DEVICE_BLOCK, DEVICE_BLOCK
         # A model that fits into one pack needs no more operator calls than one tensor.
-        small = CPU_SMALL if sum(self.numels) > CPU_PACK else CPU_BLOCK
-        return CPU_BLOCK, min(CPU_BLOCK, small), ROW
+        return CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL if sum(self.numels) > CPU_PACK else CPU_BLOCK)
 
     @property
     def tables(self) -> Tables:

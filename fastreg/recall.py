@@ -12,8 +12,21 @@ from torch import Tensor
 
 from fastreg.plan import Plan, _build
 
-_GUARDS: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 MOST_REMEMBERED = 64
+
+
+def _guards() -> Any:
+    """The class, or None where PyTorch has none that works as this one does."""
+    some: Any = torch.empty(0, device="cpu")
+    try:
+        found: Any = torch._C._dynamo.guards.TensorGuards
+        works = found(some, dynamic_dims_sizes=None, dynamic_dims_strides=None).check(some)
+    except (AttributeError, TypeError):
+        return None
+    return found if works else None
+
+
+_GUARDS = _guards()
 
 
 class Snapshot:
@@ -36,7 +49,7 @@ class Snapshot:
 def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None or tensor.layout != torch.strided:
         return (tensor is None,)
-    kind = type(tensor), tensor.dtype, tensor.device, tensor.is_inference()
+    kind = type(tensor), tensor.dtype, tensor.device, tensor.is_inference(), torch.is_inference_mode_enabled()
     return *kind, tensor.shape, tensor.stride(), tensor.requires_grad
 
 
@@ -48,7 +61,7 @@ class Known:
         self.addresses = addresses
         self.groups = list(groups)
         self.weights: Snapshot | None = None
-        self._grads: Snapshot | None = None
+        self.grads: Snapshot | None = None
 
     def is_at(self, addresses: list[int], groups: Sequence[int]) -> bool:
         """Whether weights of these groups were at `addresses`."""
@@ -56,11 +69,11 @@ class Known:
 
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are as those accepted last: all there, laid out as the weights are, free to be changed."""
-        return self._grads is not None and self._grads.holds(grads)
+        return self.grads is not None and self.grads.holds(grads)
 
     def accept(self, grads: Sequence[Tensor]) -> None:
         """Says so of `grads`."""
-        self._grads = Snapshot(grads)
+        self.grads = Snapshot(grads)
 
 
 # By what is quick to find; whatever is found is compared in full.
@@ -82,7 +95,7 @@ def remember(weights: Sequence[Tensor], groups: Sequence[int], plan: Plan) -> Kn
     key = addresses[0], len(addresses)
     known = _RECENT.get(key)
     if known is not None and known.plan is plan and known.is_at(addresses, groups):
-        known.weights = Snapshot(weights)
+        known.weights, known.grads = Snapshot(weights), None
         return known
     while len(_RECENT) >= MOST_REMEMBERED:
         _RECENT.pop(next(iter(_RECENT)), None)

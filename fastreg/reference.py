@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastreg.blocks import BlockOps
 from fastreg.plan import Mode, Part, compute_dtype
+from fastreg.scratch import is_watched
 from fastreg.strengths import Measure, Scale, Strength, Strengths, accumulate_dtype, measure
 
 
@@ -84,11 +85,6 @@ def sweep(
         value_dtype: of the value, or None where none is wanted.
     """
     device = parts[0].device
-    if mode == Mode.PROX and value_dtype is not None:
-        # Two sweeps: sums may want to look at weights twice.
-        found = sweep(parts, Mode.VALUE, weights, None, strengths, scale, n_groups, value_dtype)
-        sweep(parts, mode, weights, None, strengths, scale, n_groups, None)
-        return found
     # Only host memory may be looked at: elsewhere the comparison would wait for the device.
     if mode == Mode.RESCALE and all(isinstance(s, Tensor) and s.device.type == "cpu" and bool(s == 1) for s in scale):
         return None
@@ -100,26 +96,20 @@ def sweep(
         of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
         if device.type == "cpu":
             of_group = [(float(l1), float(l2)) for l1, l2 in of_group]
-    # The gradients of strengths are made of the sums, with all their digits.
-    to_float32 = value_dtype == torch.float32 and not any(isinstance(s, Tensor) and s.requires_grad for s in strengths)
     sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_groups)]
     for part in parts:
         sources = _pieces(weights, part)
         targets = sources if grads is None else _pieces(grads, part)
         ops = BlockOps(part)
-        for batch in part.batches:
-            counted = ops.sums(batch, sources, to_float32) if value_dtype is not None else None
-            for number, block in enumerate(batch.blocks):
-                w = ops.read(block, sources)
-                if counted is not None:
-                    counted.add(number, w)
-                if mode != Mode.VALUE:
-                    ops.update(mode, block, w, targets, *of_group[batch.group])
-            if counted is not None:
-                sums[batch.group] += counted.total()
+        for block in part.blocks:
+            w = ops.read(block, sources)
+            if value_dtype is not None:
+                sums[block.group].append(ops.sums(w))
+            if mode != Mode.VALUE:
+                ops.update(mode, block, w, targets, *of_group[block.group])
     if value_dtype is None:
         return None
-    if device.type == "cpu":
+    if device.type == "cpu" and not is_watched():
         return _measure_on_host(sums, strengths, value_dtype)
     zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
     totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]

@@ -264,6 +264,9 @@ def test_strengths_assigned_between_steps_take_effect(as_tensor: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, as it imports its compiler
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="needs the compiler of PyTorch 2.11"
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_step(mode: Any) -> None:
     def two_rates(model: nn.Sequential) -> Optimizer:

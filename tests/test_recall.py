@@ -113,6 +113,33 @@ def test_gradients_that_are_refused_are_refused_again(path: Path) -> None:
     assert torch.equal(weights[0].grad, kept)  # type: ignore[arg-type]
 
 
+def test_a_square_weight_that_is_transposed_where_it_is(path: Path) -> None:
+    """With a gradient that is not: as large, in the same place, and laid out as it was."""
+    weights = [nn.Parameter(torch.randn(5, 5, device=path[1])), nn.Parameter(torch.randn(3, device=path[1]))]
+    for _ in range(3):
+        check(weights, path)
+    same_place(weights[0], lambda t: t.t())
+    for _ in range(3):
+        weights[0].grad = torch.zeros(5, 5, device=path[1])
+        check(weights, path)
+
+
+def test_a_gradient_of_another_shape_is_refused_before_anything_is_written(path: Path) -> None:
+    memory = torch.zeros(64, device=path[1])
+    first, second = nn.Parameter(torch.ones(3, device=path[1])), nn.Parameter(torch.ones(10, device=path[1]))
+    first.grad, second.grad = torch.zeros_like(first), memory[:10]
+    for _ in range(3):
+        fastreg.add_elastic_grad_([first, second], L1, L2, impl=path[0])
+    kept = first.grad.clone()
+    memory.zero_()
+    second.data = torch.ones(40, device=path[1])
+    for _ in range(3):
+        with pytest.raises(ValueError, match="shape"):
+            fastreg.add_elastic_grad_([first, second], L1, L2, impl=path[0])
+    assert torch.equal(first.grad, kept)
+    assert not memory.any()
+
+
 def test_groups_are_part_of_what_is_known(path: Path) -> None:
     weights = parameters(path[1])
     for l1 in (0.5, 0.25, 2.0):
