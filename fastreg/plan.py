@@ -155,23 +155,27 @@ class Part:
         return Tables(tensors, chunk_tensor.int(), tensors[:, 3][chunk_tensor].int(), blocks_per_chunk)
 
 
-class Plan(NamedTuple):
-    """Parts by device, in the order of the devices' first weights."""
+class Plan:
+    """Parts by device, in the order of the devices' first weights; `uses` is how often it was found."""
 
-    shards: dict[torch.device, list[Part]]
-    n_groups: int
-    value_dtype: torch.dtype
+    def __init__(self, shards: dict[torch.device, list[Part]], n_groups: int, value_dtype: torch.dtype) -> None:
+        self.shards = shards
+        self.n_groups = n_groups
+        self.value_dtype = value_dtype
+        self.uses = 0
 
 
 def plan_for(weights: Sequence[Tensor], groups: Sequence[int]) -> Plan:
     """The plan for dense `weights`, from the cache where nothing about them changed."""
-    return _build(
+    plan = _build(
         tuple([w.data_ptr() for w in weights]),
         tuple([w.numel() for w in weights]),
         tuple([w.dtype for w in weights]),
         tuple([w.device for w in weights]),
         tuple(groups),
     )
+    plan.uses += 1
+    return plan
 
 
 @functools.lru_cache(maxsize=32)

@@ -54,53 +54,53 @@ def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 class Known:
-    """The plan of weights that need no copy, and which gradients were laid out as they are."""
+    """The plan of weights that need no copy, laid out in one way, and which gradients were laid out as they are."""
 
-    def __init__(self, addresses: list[int], groups: Sequence[int], plan: Plan) -> None:
+    def __init__(self, weights: Sequence[Tensor], groups: Sequence[int], plan: Plan) -> None:
         self.plan = plan
-        self.addresses = addresses
-        self.groups = list(groups)
-        self.weights: Snapshot | None = None
-        self.grads: Snapshot | None = None
+        self._addresses = _addresses(weights)
+        self._groups = list(groups)
+        self._weights = Snapshot(weights)
+        self._grads: Snapshot | None = None
 
-    def is_at(self, addresses: list[int], groups: Sequence[int]) -> bool:
-        """Whether weights of these groups were at `addresses`."""
-        return self.addresses == addresses and self.groups == list(groups)
+    def holds(self, weights: Sequence[Tensor], addresses: list[int], groups: Sequence[int]) -> bool:
+        """Whether these are the same weights, at the same `addresses`, in the same groups."""
+        return self._addresses == addresses and self._groups == list(groups) and self._weights.holds(weights)
 
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are as those accepted last: all there, laid out as the weights are, free to be changed."""
-        return self.grads is not None and self.grads.holds(grads)
+        return self._grads is not None and self._grads.holds(grads)
 
     def accept(self, grads: Sequence[Tensor]) -> None:
         """Says so of `grads`."""
-        self.grads = Snapshot(grads)
+        self._grads = Snapshot(grads)
 
 
-# By what is quick to find; whatever is found is compared in full.
-_RECENT: dict[tuple[int, int], Known] = {}
+# By what is quick to find; whatever is found is compared in full. Some of each: snapshots differ under autocast and in
+# inference mode, and the same weights may be in other groups for another penalty.
+_RECENT: dict[tuple[int, int], list[Known]] = {}
+MOST_OF_EACH = 4
 
 
 def recall(weights: Sequence[Tensor], groups: Sequence[int]) -> Known | None:
     """What is known of `weights`, if anything is."""
     addresses = _addresses(weights)
-    known = _RECENT.get((addresses[0], len(addresses)))
-    if known is None or known.weights is None or not known.is_at(addresses, groups):
-        return None
-    return known if known.weights.holds(weights) else None
+    for known in _RECENT.get((addresses[0], len(addresses)), ()):
+        if known.holds(weights, addresses, groups):
+            return known
+    return None
 
 
 def remember(weights: Sequence[Tensor], groups: Sequence[int], plan: Plan) -> Known | None:
     """Keeps the `plan` of weights that are all dense; from their second time on, as many have no second one."""
-    addresses = _addresses(weights)
-    key = addresses[0], len(addresses)
-    known = _RECENT.get(key)
-    if known is not None and known.plan is plan and known.is_at(addresses, groups):
-        known.weights, known.grads = Snapshot(weights), None
-        return known
-    while len(_RECENT) >= MOST_REMEMBERED:
+    if plan.uses < 2:
+        return None
+    key = weights[0].data_ptr(), len(weights)
+    known = Known(weights, groups, plan)
+    while len(_RECENT) >= MOST_REMEMBERED and key not in _RECENT:
         _RECENT.pop(next(iter(_RECENT)), None)
-    _RECENT[key] = Known(addresses, groups, plan)
-    return None
+    _RECENT[key] = [known, *_RECENT.get(key, ())][:MOST_OF_EACH]
+    return known
 
 
 def forget() -> None:

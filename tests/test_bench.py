@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: what is counted, what is refused, what is shown."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import ledger, report, results
+from bench import ledger, report, results, turns
 from bench.check import Truth, check, zero_grads
 from bench.counting import count, multi_tensor_launches
 from bench.harness import LEAST_ROUNDS, Harness, bandwidth, quantiles, ratios
@@ -16,6 +17,7 @@ from bench.models import MODELS, SHAPES, from_shapes
 from bench.peers import PEERS, methods, prepare
 from bench.profiling import launches, peak_extra_bytes
 from bench.strengths import L1, L2
+from fastreg import plan
 
 CPU = torch.device("cpu")
 # The table of the design: passes over the weights, and launches, for one dtype on one device.
@@ -240,3 +242,46 @@ def test_results_path_names_device_and_dtype(tmp_path: Path) -> None:
     environment = {"device": "Some(R) CPU @ 2GHz"}
     assert results.path_for(tmp_path, environment, "float32") == tmp_path / "some-cpu-2ghz-float32.json"
     assert results.path_for(tmp_path / "x.json", environment, "float32") == tmp_path / "x.json"
+
+
+def test_candidates_take_turns_and_are_stored_with_what_they_ran_on(tmp_path: Path) -> None:
+    order: list[str] = []
+    cases = {name: lambda name=name: order.append(name) for name in ("one", "other")}
+    found, floor = turns.take_turns(CPU, torch.float32, 1000, 3, cases, lambda name: order.append(f"before {name}"))
+    assert order == ["before one", "one", "before other", "other"] * 4  # a round to warm up, and three
+    assert floor > 0
+    assert set(found) == set(cases)
+    turns.write(tmp_path / "found.json", CPU, found, model="small")
+    stored = json.loads((tmp_path / "found.json").read_text())
+    assert stored["ratio"] == found
+    assert stored["model"] == "small"
+    assert stored["environment"]["torch"] == torch.__version__
+
+
+def test_tuning_the_kernel(
+    path: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every setting computes the same, and the library's own are back in the end."""
+    if path[0] != "triton":
+        pytest.skip("tunes the Triton path")
+    from bench import tune_kernel
+
+    own = tune_kernel.SETTINGS[0]
+    monkeypatch.setattr(tune_kernel, "SETTINGS", [own, tune_kernel.Setting(1024, 8, 2)])
+    monkeypatch.setattr(tune_kernel, "shapes_of", lambda model: [[300, 20], [7]])
+    monkeypatch.setattr("sys.argv", ["tune_kernel", "--model", "tiny", "--rounds", "1"])
+    values = []
+    sweep = tune_kernel.sweep
+
+    def spy(*args: Any, **keywords: Any) -> Any:
+        found = sweep(*args, **keywords)
+        if found is not None:
+            values.append(float(found.total))
+        return found
+
+    monkeypatch.setattr(tune_kernel, "sweep", spy)
+    tune_kernel.main()
+    assert len(values) > 8
+    assert len(set(values)) == 1
+    assert "| 1024 | 8 | 2 |" in capsys.readouterr().out
+    assert (own.block, own.most_chunks) == (plan.BLOCK, plan.MOST_CHUNKS)

@@ -1,5 +1,6 @@
 """What is remembered of weights and gradients between calls, and every way in which they can change."""
 
+import contextlib
 import gc
 import sys
 import weakref
@@ -151,6 +152,27 @@ def test_groups_are_part_of_what_is_known(path: Path) -> None:
                 assert_value(found, expected, path)
 
 
+def test_modes_and_penalties_that_alternate_are_all_remembered(path: Path) -> None:
+    weights = parameters(path[1])
+
+    def calls() -> list[recall.Known | None]:
+        found = []
+        for groups in ([0, 0, 0], [0, 1, 1]):
+            for mode in (contextlib.nullcontext(), torch.autocast(path[1], torch.bfloat16)):
+                with mode:
+                    known = recall.recall(weights, groups)
+                    params = [{"params": [w], "l1": 0.5 + group} for w, group in zip(weights, groups, strict=True)]
+                    fastreg.elastic_penalty(params, impl=path[0])
+                found.append(known)
+        return found
+
+    for _ in range(3):
+        calls()
+    first, second = calls(), calls()
+    assert None not in first
+    assert first == second
+
+
 def test_no_model_is_kept_alive(path: Path) -> None:
     weights = parameters(path[1])
     for _ in range(3):
@@ -164,9 +186,13 @@ def test_no_model_is_kept_alive(path: Path) -> None:
 
 def test_what_is_kept_does_not_grow() -> None:
     weights = [nn.Parameter(torch.randn(3)) for _ in range(recall.MOST_REMEMBERED + 9)]
-    for w in 2 * weights:
-        fastreg.elastic_penalty([w], L1, L2)
+    for w in weights:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for _ in range(2 * recall.MOST_OF_EACH):
+                with torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+                    fastreg.elastic_penalty([w], L1, L2)
     assert len(recall._RECENT) == recall.MOST_REMEMBERED
+    assert all(1 <= len(known) <= recall.MOST_OF_EACH for known in recall._RECENT.values())
 
 
 def test_python_asks_little_of_each_tensor(path: Path, request: pytest.FixtureRequest) -> None:
