@@ -22,16 +22,22 @@ class BlockOps:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._compute = part.compute
+        self._accumulate = accumulate_dtype(part.device)
         self._memory = memory_of(part.device)
         self._most = torch.finfo(part.compute).max
         self._on_host = part.device.type == "cpu"
 
-    def read(self, block: Block, weights: Pieces) -> Tensor:
-        """The block as a vector in the dtype of the arithmetic, filled up with zeros; no copy if it is that already."""
+    def read(self, block: Block, weights: Pieces, for_sums: bool) -> Tensor:
+        """The block as a vector, filled up with zeros; no copy if it is one already.
+
+        Args:
+            for_sums: whether nothing but `sums` will look at it, so that its dtype may be theirs at once.
+        """
         if block.direct:
             return _only_piece(weights, block)
         pieces = _pieces(weights, block)
-        vector, parts, rest = self._packed("input", block, pieces)
+        name, dtype = ("wide", self._accumulate) if for_sums else ("input", self._compute)
+        vector, parts, rest = self._packed(name, dtype, block, pieces)
         if rest is not None:
             rest.zero_()
         _copy(parts, pieces)
@@ -39,9 +45,8 @@ class BlockOps:
 
     def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
-        dtype = accumulate_dtype(w.device)
-        wide = self._memory.vector("wide", dtype, w.numel())
-        if w.dtype != dtype:
+        wide = self._memory.vector("wide", self._accumulate, w.numel())
+        if w.dtype != self._accumulate:
             w = wide.copy_(w)
         square_sum = torch.dot(w, w)
         return torch.abs(w, out=wide).sum(), square_sum
@@ -62,7 +67,7 @@ class BlockOps:
                 target.add_(self.gradient(w, l1, l2, out=self._vector("result", w)))
             return
         pieces = _pieces(targets, block)
-        result, parts, _ = self._packed("result", block, pieces)
+        result, parts, _ = self._packed("result", self._compute, block, pieces)
         change(w, l1, l2, result)
         if mode != Mode.ACCUMULATE:
             _copy(pieces, parts)
@@ -122,11 +127,11 @@ class BlockOps:
         return self._memory.vector(name, self._compute, like.numel())
 
     def _packed(
-        self, name: str, block: Block, pieces: Sequence[Tensor]
+        self, name: str, dtype: torch.dtype, block: Block, pieces: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """A vector for the block, parts of it in the shapes of `pieces`, and what is behind these."""
         shapes = tuple([piece.shape for piece in pieces])
-        key = self._compute, shapes
+        key = dtype, shapes
         return self._memory.view(key, name, block.padded, lambda vector: _cut_pack(vector, block, shapes), len(shapes))
 
     def _rounded(self, number: float) -> float:

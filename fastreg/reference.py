@@ -102,7 +102,7 @@ def sweep(
         targets = sources if grads is None else _pieces(grads, part)
         ops = BlockOps(part)
         for block in part.blocks:
-            w = ops.read(block, sources)
+            w = ops.read(block, sources, for_sums=mode == Mode.VALUE)
             if value_dtype is not None:
                 sums[block.group].append(ops.sums(w))
             if mode != Mode.VALUE:
