@@ -1,4 +1,4 @@
-"""How the penalty's gradient reaches .grad.
+"""The penalty as an autograd Function, and how its gradient reaches .grad.
 
 Where autograd would do nothing with the gradient but add it to .grad, the backward pass returns none and queues one
 sweep that adds it in place: no model-sized buffer, no launch per tensor. Where autograd or anybody else has to see the
@@ -6,246 +6,146 @@ gradient, value and gradient are formed in one pass and returned like any other.
 in which .grad receives them and the data's gradient may differ.
 """
 
-import sys
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg import reference
-from fastreg.accumulate import add_gradients
-from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local, local_parts
-from fastreg.ops import sweep
-from fastreg.plan import Mode
-from fastreg.strengths import Scale, Strength, Strengths, measure
-from fastreg.sweep import empty_gradients
+from fastreg import formulas
+from fastreg.changes import WeightState
+from fastreg.direct import must_return_gradient, positions_to_write, run_after_backward
+from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local_parts
+from fastreg.formulas import Mode, Penalty
+from fastreg.inplace import add_gradient
+from fastreg.local import is_dense
+from fastreg.strengths import Scale, Strength, Strengths
+from fastreg.sweep import sweep
+from fastreg.traced import is_traced
+from fastreg.work import Work
 
 
-class Call(NamedTuple):
-    """What `ElasticPenaltyFunction` takes besides tensors."""
-
-    groups: Sequence[int]
-    impl: str | None
-    all_reduce: bool = True
-    terms: bool = True
+def penalty_of(work: Work, return_terms: bool) -> Tensor | Penalty:
+    """The penalty, differentiable in weights and strengths where grad mode is on: the total, or all terms."""
+    if torch.is_grad_enabled() and not is_traced():
+        found = ElasticPenaltyFunction.apply(work, return_terms, *work.strengths, *work.weights)
+        return Penalty(*found) if return_terms else found[0]
+    measured = sweep(work, Mode.VALUE)
+    assert measured is not None
+    return measured.penalty if return_terms else measured.penalty.total
 
 
 class ElasticPenaltyFunction(torch.autograd.Function):
-    """The total, and if asked for the l1 and l2 terms, each 0-dim; differentiable in weights and strengths."""
+    """The total, and if asked for the l1 and l2 terms, each 0-dim."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, l1: Strength, l2: Strength, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, work: Work, return_terms: bool, l1: Strength, l2: Strength, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call = call
         ctx.floats = [None if isinstance(s, Tensor) else s for s in (l1, l2)]
         # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
-        # to wherever activations go.
+        # to wherever activations go. Nothing else may keep weights that were computed for one step.
         ctx.leaves = [w if w.is_leaf else None for w in weights]
-        ctx.versions = Versions(ctx.leaves)
+        ctx.work = work._replace(weights=(), strengths=Strengths(1.0, 1.0))
+        ctx.state = WeightState(ctx.leaves)
         ctx.gradients = None
         mode = Mode.VALUE
-        if any(ctx.needs_input_grad[3:]) and is_observed(weights):
+        if any(ctx.needs_input_grad[4:]) and must_return_gradient(weights):
             mode = Mode.GRADIENT
             ctx.gradients = _empty_gradients(weights)
-        keywords: dict[str, Any] = {"impl": call.impl, "all_reduce": call.all_reduce}
-        found = sweep(weights, call.groups, mode, Strengths(l1, l2), grads=ctx.gradients, **keywords)
+        found = sweep(work, mode, grads=ctx.gradients)
         assert found is not None
         # Saving something is also what makes a second backward through a freed graph fail as it should.
         saved = [s for s in (l1, l2) if isinstance(s, Tensor)] + [w for w in weights if not w.is_leaf]
         ctx.save_for_backward(found.sums, *saved)
-        return (found.total, found.l1, found.l2) if call.terms else (found.total,)
+        return found.penalty if return_terms else (found.penalty.total,)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         sums, *saved = ctx.saved_tensors
-        l1, l2 = (saved.pop(0) if value is None else value for value in ctx.floats)
+        strengths = Strengths(*(saved.pop(0) if value is None else value for value in ctx.floats))
         weights = [saved.pop(0) if leaf is None else leaf for leaf in ctx.leaves]
-        strengths, scale = Strengths(l1, l2), _scale(*upstream)
-        ctx.versions.check(ctx.leaves)
+        work: Work = ctx.work._replace(weights=weights, strengths=strengths)
+        scale = _scale(*upstream)
+        ctx.state.check(ctx.leaves)
         none = [None] * len(weights)
         if all(grad is None for grad in upstream):
-            return None, None, None, *none
+            return None, None, None, None, *none
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, weights, sums, strengths, scale)
+            return _differentiable_backward(ctx, work, sums, scale)
         strength_grads: list[Tensor | None] = [None, None]
         for i, s in enumerate(strengths):
-            if ctx.needs_input_grad[1 + i] and isinstance(s, Tensor):
+            if ctx.needs_input_grad[2 + i] and isinstance(s, Tensor):
                 derivative = scale[i] * sums[:, i]
                 strength_grads[i] = (derivative if s.ndim else derivative.sum()).to(s)
-        if not any(ctx.needs_input_grad[3:]):
-            return None, *strength_grads, *none
-        targets = _only_accumulated(ctx, weights)
+        if not any(ctx.needs_input_grad[4:]):
+            return None, None, *strength_grads, *none
+        if work.is_attached:
+            _warn_of_two_penalties()
+        targets = None if ctx.gradients is not None else positions_to_write(ctx, weights)
         if targets is None:
-            return None, *strength_grads, *_gradients(ctx, weights, strengths, scale)
+            return None, None, *strength_grads, *_gradients(ctx, work, scale)
         if targets:
-            _queue(
-                [weights[i] for i in targets], [ctx.call.groups[i] for i in targets], strengths, scale, ctx.call.impl
-            )
-        return None, *strength_grads, *none
+            _write_after_backward(_subset(work, targets), scale)
+        return None, None, *strength_grads, *none
 
 
-class Versions:
-    """How often each weight was changed in place, as far as that is counted."""
-
-    def __init__(self, weights: Sequence[Tensor | None]) -> None:
-        self._counts = _counts(weights)
-        # The part of a DTensor counts by itself. FSDP2 may give a weight another part, which says nothing.
-        distributed = any_dtensor(weights)
-        parts = [(i, local(w)) for i, w in enumerate(weights) if distributed and w is not None and is_dtensor(w)]
-        self._parts = [(i, weakref.ref(part), _counts([part])) for i, part in parts]
-
-    def check(self, weights: Sequence[Tensor | None]) -> None:
-        """Raises as saved tensors do where one of the same weights was changed in place since."""
-        changed = _counts(weights) != self._counts
-        for i, part, counts in self._parts:
-            weight = weights[i]
-            assert weight is not None
-            now = local(weight)
-            changed |= part() is now and _counts([now]) != counts
-        if changed:
-            raise RuntimeError(
-                "one of the weights needed for the gradient of the elastic penalty was modified by an in-place "
-                "operation between forward and backward; call backward before optimizer.step(), or compute the "
-                "penalty again"
-            )
-
-
-def _counts(weights: Sequence[Tensor | None]) -> list[int]:
-    try:
-        return [w._version for w in weights]  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):  # a None, an inference tensor
-        return [0 if w is None or w.is_inference() else w._version for w in weights]
-
-
-def is_observed(weights: Sequence[Tensor]) -> bool:
-    """Whether anybody but .grad would see these weights' gradients, as far as that is known before backward runs."""
-    # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
-    # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
-    # itself, on a stream that is safe to follow only when the backward pass is over.
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and not any_dtensor(weights):
-        return True
-    if torch.is_anomaly_enabled() or not _HAS_ENGINE_ENTRY_POINTS or _compiled_autograd():
-        return True
-    # A pass for each question takes half the time of asking each weight all of them.
-    return (
-        not all([w.is_leaf for w in weights])
-        or any([w._backward_hooks for w in weights])  # type: ignore[attr-defined]
-        or any([w._post_accumulate_grad_hooks for w in weights])  # type: ignore[attr-defined]
-        or (_HAS_GRAD_DTYPE and [w.grad_dtype for w in weights] != [w.dtype for w in weights])  # type: ignore[attr-defined]
+def _warn_of_two_penalties() -> None:
+    warnings.warn(
+        "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: it "
+        "counts twice; leave it out of the loss (reg.last has its value), or remove() the attachment",
+        stacklevel=2,
     )
 
 
-_HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
-_HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
-    torch.autograd.Variable._execution_engine, "queue_callback"
-)
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _references_of_an_unshared_node() -> int:
-    graph: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
-    return max(_references(graph.grad_fn.next_functions))
-
-
-def _references(edges: Any) -> list[int]:
-    """How often the node of each edge is referenced, as seen from here."""
-    return [sys.getrefcount(node) for node, _ in edges]
-
-
-# PyTorch versions differ in how many references are their own.
-_UNSHARED = _references_of_an_unshared_node()
-
-
-def _compiled_autograd() -> bool:
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return bool(getattr(module, "compiled_autograd_enabled", False))
-
-
-def _only_accumulated(ctx: Any, weights: Sequence[Tensor]) -> list[int] | None:
-    """The positions of the weights whose gradient this backward pass would add to .grad, seen by nobody.
-
-    None where that is not so, or not known: the gradients must then be returned.
-    """
-    if ctx.gradients is not None or is_observed(weights) or _is_hooked(ctx):
-        return None
-    nodes = ctx.next_functions[-len(weights) :]
-    # Whoever holds an AccumulateGrad node does so to hook it, and asking all of them for their hooks takes too long.
-    if max(_references(nodes)) > _UNSHARED:
-        return None
-    try:
-        return [i for i, (node, _) in enumerate(nodes) if node and torch._C._will_engine_execute_node(node)]
-    except RuntimeError:  # torch.autograd.grad, which wants the gradients themselves
-        return None
-
-
-def _is_hooked(node: Any) -> bool:
-    """Whether hooks registered on `node` will see the gradients that it returns."""
-    handle = node.register_hook(lambda inputs, outputs: None)
-    hooks = handle.hooks_dict_ref()
-    handle.remove()
-    return bool(hooks)
-
-
-def _queue(
-    weights: Sequence[Tensor], groups: Sequence[int], strengths: Strengths, scale: Scale, impl: str | None
-) -> None:
+def _write_after_backward(work: Work, scale: Scale) -> None:
     """Adds the weights' gradients to .grad once the running backward pass has finished."""
-    expected = Versions(weights)
+    state = WeightState(work.weights)
     # By then an optimizer of the strengths may have stepped in a hook.
-    strengths = Strengths(*(s.clone() if isinstance(s, Tensor) else s for s in strengths))
-    follow = _stream_follower(weights[0].device)
+    strengths = Strengths(*(s.clone() if isinstance(s, Tensor) else s for s in work.strengths))
 
-    def accumulate() -> None:
-        follow(scale)
-        expected.check(weights)
-        alive = [i for i, w in enumerate(weights) if w.requires_grad]  # autograd leaves out what was frozen since
+    def write() -> None:
+        state.check(work.weights)
+        alive = [i for i, w in enumerate(work.weights) if w.requires_grad]  # autograd leaves out what was frozen since
         if alive:
-            targets, of_groups = [weights[i] for i in alive], [groups[i] for i in alive]
-            add_gradients(targets, of_groups, strengths, scale=scale, reduce=False, impl=impl)
+            add_gradient(_subset(work._replace(strengths=strengths), alive), scale=scale, with_value=False)
 
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
-    queue(lambda: queue(accumulate))
+    run_after_backward(write, work.weights[0].device, [*strengths, *scale])
 
 
-def _stream_follower(device: torch.device) -> Callable[[Scale], None]:
-    """For the callback, which may run on another stream than this node: makes it wait for the upstream gradient."""
-    if device.type != "cuda":
-        return lambda scale: None
-    producer = torch.cuda.current_stream(device)
-
-    def follow(scale: Scale) -> None:
-        consumer = torch.cuda.current_stream(device)
-        if consumer != producer:
-            consumer.wait_stream(producer)
-            for factor in scale:
-                if isinstance(factor, Tensor):
-                    factor.record_stream(consumer)
-
-    return follow
+def _subset(work: Work, positions: Sequence[int]) -> Work:
+    if len(positions) == len(work.weights):
+        return work
+    names, weights, groups = ([column[i] for i in positions] for column in (work.names, work.weights, work.groups))
+    return work._replace(names=names, weights=weights, groups=groups)
 
 
-def _gradients(ctx: Any, weights: Sequence[Tensor], strengths: Strengths, scale: Scale) -> list[Tensor | None]:
+def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
     """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
-    groups = ctx.call.groups
+    weights, strengths = work.weights, work.strengths
     if any(_is_batched(factor) for factor in scale):
         # Many upstream gradients at once, by torch.autograd.grad(is_grads_batched=True): only expressions can follow.
-        pairs = zip(local_parts(weights), groups, strict=True)
-        grads = as_dtensors([reference.gradient(w, *strengths.of_group(g, scale)) for w, g in pairs], weights)
+        pairs = zip(local_parts(weights), work.groups, strict=True)
+        grads = as_dtensors([formulas.gradient(w, *strengths.of_group(g, scale)) for w, g in pairs], weights)
     else:
         grads, mode = ctx.gradients, Mode.RESCALE
         if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
             grads, mode = _empty_gradients(weights), Mode.GRADIENT
         ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
-        sweep(weights, groups, mode, strengths, scale=scale, grads=grads, reduce=False, impl=ctx.call.impl)
-    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[3:], strict=True)]
+        sweep(work, mode, scale=scale, grads=grads, with_value=False)
+    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[4:], strict=True)]
 
 
 def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
-    return as_dtensors(empty_gradients(local_parts(weights)), weights)
+    """Uninitialised gradients, each a tensor of its own, with the strides that autograd would give them."""
+    with torch._C.DisableTorchFunctionSubclass():
+        parts = [
+            torch.empty_like(w, memory_format=torch.preserve_format if is_dense(w) else torch.contiguous_format)
+            for w in local_parts(weights)
+        ]
+    return as_dtensors(parts, weights)
 
 
 def _is_batched(factor: Strength) -> bool:
@@ -253,26 +153,25 @@ def _is_batched(factor: Strength) -> bool:
     return isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor))
 
 
-def _differentiable_backward(
-    ctx: Any, weights: Sequence[Tensor], of_all_ranks: Tensor, strengths: Strengths, scale: Scale
-) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: Scale) -> tuple[Tensor | None, ...]:
     """The backward pass as a graph of its own, for create_graph=True."""
+    weights, strengths = work.weights, work.strengths
     visible: list[Any] = [w.to_local() if is_dtensor(w) else w for w in weights]  # type: ignore[attr-defined]
-    sums = reference.group_sums(visible, ctx.call.groups)
+    sums = formulas.group_sums(visible, work.groups, work.n_groups)
     if any_dtensor(weights):
         # The sums of all ranks, with the derivatives of this rank's; an infinite one has none.
         sums = torch.where(
             of_all_ranks.isfinite() & sums.isfinite(), sums + (of_all_ranks - sums).detach(), of_all_ranks
         )
-    terms = measure(sums, strengths, sums.dtype)[1:3]
+    terms = formulas.measure(sums, strengths, sums.dtype).penalty[1:]
     inputs: list[Any] = [*strengths, *weights]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
     upstream = [torch.as_tensor(factor, device=term.device).to(term) for factor, term in zip(scale, terms, strict=True)]
     found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
-    return None, *grads
+    return None, None, *grads
 
 
 def _scale(total: Tensor | None, l1_term: Tensor | None = None, l2_term: Tensor | None = None) -> Scale:

@@ -1,169 +1,155 @@
-"""What the PyTorch path does with a block of weights, in scratch memory that stays in cache."""
+"""The PyTorch path: a sweep block by block, through scratch memory that stays in cache."""
 
-import struct
-from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.plan import Block, Mode, Part
-from fastreg.scratch import memory_of
-from fastreg.strengths import accumulate_dtype
+from fastreg.block_ops import Block, BlockOps
+from fastreg.formulas import Measure, Mode, Penalty, compute_dtype, measure
+from fastreg.layout import Part
+from fastreg.scratch import give_back, is_watched, take_memory
+from fastreg.strengths import Scale, Strengths, accumulate_dtype
 
-_HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
+# Elements of a block on a CPU: small enough for the cores' caches, large enough that the cost of an operator call
+# disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
+CPU_BLOCK = 1 << 19
+# There, larger pieces than this are not copied to be packed with others, unless the whole model is smaller than that.
+CPU_SMALL = 1 << 14
+CPU_PACK = 1 << 17
+DEVICE_BLOCK = 1 << 26
+# Blocks are filled up to a multiple of this. What is left over after a vector unit's last full step might be rounded in
+# another way there, and differ between two operators for the same thing.
+LANES = 16
 
-Pieces = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
 
-
-class BlockOps:
-    """The arithmetic on the blocks of one part."""
+class Walk:
+    """The blocks of a part: large pieces of weights by themselves, small ones of a strength group together."""
 
     def __init__(self, part: Part) -> None:
-        self._part = part
-        self._compute = part.compute
-        self._accumulate = accumulate_dtype(part.device)
-        self._memory = memory_of(part.device)
-        self._most = torch.finfo(part.compute).max
         self._on_host = part.device.type == "cpu"
+        self._is_computed_in_place = part.dtype == compute_dtype(part.dtype)
+        size, small = self._limits(sum(part.numels))
+        cuts = [self._cut(numel, size, small) for numel in part.numels]
+        self.piece_sizes = dict(zip(part.positions, cuts, strict=True))  # by position, how a weight is cut
+        blocks: list[Block] = []
+        packs: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        free: dict[int, int] = {}
+        for position, group in zip(part.positions, part.groups, strict=True):
+            for number, n in enumerate(self.piece_sizes[position]):
+                if n >= small:
+                    blocks.append(self._block(group, [(position, number)], [n]))
+                    continue
+                if free.get(group, 0) < n:
+                    if group in packs:
+                        blocks.append(self._block(group, *packs[group]))
+                    packs[group], free[group] = ([], []), size
+                packs[group][0].append((position, number))
+                packs[group][1].append(n)
+                free[group] -= n
+        self.blocks = (*blocks, *(self._block(group, *pack) for group, pack in packs.items()))
 
-    def read(self, block: Block, weights: Pieces, for_sums: bool) -> Tensor:
-        """The block as a vector, filled up with zeros; no copy if it is one already.
+    def pieces_of(self, tensors: Sequence[Tensor]) -> dict[int, Sequence[Tensor]]:
+        """The part's share of dense `tensors`, by position: cut in storage order."""
+        pieces: dict[int, Sequence[Tensor]] = {}
+        for i, sizes in self.piece_sizes.items():
+            tensor = tensors[i]
+            if not tensor.is_contiguous():
+                tensor = tensor.as_strided((tensor.numel(),), (1,))
+            pieces[i] = (tensor,) if len(sizes) == 1 else tensor.view(-1).split(sizes)
+        return pieces
 
-        Args:
-            for_sums: whether nothing but `sums` will look at it, so that its dtype may be theirs at once.
-        """
-        if block.direct:
-            return _only_piece(weights, block)
-        pieces = _pieces(weights, block)
-        name, dtype = ("wide", self._accumulate) if for_sums else ("input", self._compute)
-        vector, parts, rest = self._packed(name, dtype, block, pieces)
-        if rest is not None:
-            rest.zero_()
-        _copy(parts, pieces)
-        return vector
+    def _limits(self, total: int) -> tuple[int, int]:
+        """Elements of a block, and of the smallest piece that is one by itself."""
+        if not self._on_host:
+            return DEVICE_BLOCK, DEVICE_BLOCK
+        # A model that fits into one pack needs no more operator calls than one tensor.
+        return CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL if total > CPU_PACK else CPU_BLOCK)
 
-    def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
-        wide = self._memory.vector("wide", self._accumulate, w.numel())
-        if w.dtype != self._accumulate:
-            w = wide.copy_(w)
-        square_sum = torch.dot(w, w)
-        return torch.abs(w, out=wide).sum(), square_sum
+    @staticmethod
+    def _cut(numel: int, size: int, small: int) -> tuple[int, ...]:
+        """Blocks, and the rest so that its tail can be packed."""
+        left, tail = numel % size, numel % LANES
+        rest = (left - tail, tail) if left - tail >= small else (left,)
+        return (size,) * (numel // size) + tuple(n for n in rest if n)
 
-    def update(
-        self, mode: Mode, block: Block, w: Tensor, targets: Pieces, l1: Tensor | float, l2: Tensor | float
-    ) -> None:
-        """Does to the block of `targets` what `mode` asks for: to gradients, or in PROX to weights.
-
-        What is added is rounded to the storage dtype first: autograd's order, so that its bits are ours.
-        """
-        change = self.prox if mode == Mode.PROX else self.gradient
-        if block.direct:
-            target = _only_piece(targets, block)
-            if mode != Mode.ACCUMULATE:
-                change(w, l1, l2, target)
-            elif not self._add_in_one_pass(target, w, l1, 2 * l2):
-                target.add_(self.gradient(w, l1, l2, out=self._vector("result", w)))
-            return
-        pieces = _pieces(targets, block)
-        result, parts, _ = self._packed("result", self._compute, block, pieces)
-        change(w, l1, l2, result)
-        if mode != Mode.ACCUMULATE:
-            _copy(pieces, parts)
-        else:
-            same = self._part.dtype == self._compute
-            torch._foreach_add_(pieces, parts if same else [part.to(self._part.dtype) for part in parts])
-
-    def gradient(self, w: Tensor, l1: Tensor | float, l2: Tensor | float, out: Tensor) -> Tensor:
-        """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel."""
-        sign = torch.sign(w, out=self._vector("sign", w)).mul_(l1)
-        slope = 2 * l2
-        if self._is_factor(slope):
-            return torch.add(sign, w, alpha=slope, out=out)
-        return torch.addcmul(sign, w, torch.as_tensor(slope, device=w.device), out=out)
-
-    def _add_in_one_pass(self, grad: Tensor, w: Tensor, l1: Tensor | float, slope: Tensor | float) -> bool:
-        """Adds l1 * sign(w) + slope * w by way of a fused optimizer, if that gives the same bits.
-
-        A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
-        lr * buffer. With sign(w) as the buffer and w in the gradient's place, that buffer is the penalty's gradient.
-        """
-        if not (_HAS_FUSED_SGD and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
-            return False
-        dampening = 1 - slope
-        # SGD takes no momentum for none, and of a small slope the 1 swallows digits.
-        if l1 == 0 or self._rounded(1 - dampening) != self._rounded(slope):
-            return False
-        sign = torch.sign(w, out=self._vector("sign", w))
-        torch._fused_sgd_(
-            [grad],
-            [w],
-            [sign],
-            weight_decay=0.0,
-            momentum=l1,
-            lr=-1.0,
-            dampening=dampening,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
-        return True
-
-    def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float, out: Tensor) -> Tensor:
-        """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2); `out` may be `w`."""
-        if self._is_factor(l1) and l1 >= 0:
-            torch.ops.aten.softshrink.out(w, l1, out=out)
-            out.add_(0.0)  # it leaves zeros of either sign
-        else:
-            sign = torch.sign(w, out=self._vector("sign", w))
-            torch.abs(w, out=out)
-            # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
-            dropped = torch.le(out, l1)
-            out.sub_(l1).mul_(sign).masked_fill_(dropped, 0.0)
-        return out if isinstance(l2, float) and l2 == 0 else out.div_(1 + 2 * l2)
-
-    def _vector(self, name: str, like: Tensor) -> Tensor:
-        return self._memory.vector(name, self._compute, like.numel())
-
-    def _packed(
-        self, name: str, dtype: torch.dtype, block: Block, pieces: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """A vector for the block, parts of it in the shapes of `pieces`, and what is behind these."""
-        shapes = tuple([piece.shape for piece in pieces])
-        key = dtype, shapes
-        return self._memory.view(key, name, block.padded, lambda vector: _cut_pack(vector, block, shapes), len(shapes))
-
-    def _rounded(self, number: float) -> float:
-        """As the operators will take it."""
-        return number if self._compute == torch.float64 else float(struct.unpack("f", struct.pack("f", number))[0])
-
-    def _is_factor(self, strength: Tensor | float) -> TypeGuard[float]:
-        """Whether operators take it as a number: they refuse one that overflows their dtype."""
-        return isinstance(strength, float) and abs(strength) <= self._most
+    def _block(self, group: int, pieces: list[tuple[int, int]], sizes: list[int]) -> Block:
+        lanes = LANES if self._on_host else 1
+        padded = -(-sum(sizes) // lanes) * lanes
+        direct = len(sizes) == 1 and padded == sizes[0] and self._is_computed_in_place
+        return Block(group, tuple(pieces), tuple(sizes), padded, direct)
 
 
-def _cut_pack(
-    vector: Tensor, block: Block, shapes: Sequence[torch.Size]
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    n = sum(block.sizes)
-    parts = torch.split_with_sizes(vector[:n], block.sizes)
-    shaped = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-    return vector, shaped, vector[n:] if n < block.padded else None
+def block_sweep(
+    parts: Sequence[Part],
+    mode: Mode,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
+    strengths: Strengths,
+    scale: Scale,
+    n_groups: int,
+    value_dtype: torch.dtype | None,
+) -> Measure | None:
+    """One sweep over the parts of one device.
+
+    Args:
+        weights, grads: dense tensors in the caller's order, gradients with the strides of their weights.
+        strengths, scale: on that device.
+        value_dtype: of the value, or None where none is wanted.
+    """
+    device = parts[0].device
+    on_host = device.type == "cpu"
+    # Only host memory may be looked at: elsewhere the comparison would wait for the device.
+    if mode is Mode.RESCALE and on_host and all(isinstance(s, Tensor) and bool(s == 1) for s in scale):
+        return None
+    of_group: list[tuple[Any, Any]] = []
+    if mode is not Mode.VALUE:
+        if on_host:
+            # Floats save a pass over every block, and in host memory there is nothing to wait for.
+            strengths, scale = Strengths(*map(_on_host, strengths)), Scale(*map(_on_host, scale))
+        of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
+    sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_groups)]
+    memory = take_memory(device, CPU_BLOCK)
+    try:
+        for part in parts:
+            walk = part.prepared(Walk)
+            sources = walk.pieces_of(weights)
+            targets = sources if grads is None else walk.pieces_of(grads)
+            ops = BlockOps(part.dtype, device, memory)
+            for block in walk.blocks:
+                w = ops.read(block, sources, for_sums=mode is Mode.VALUE)
+                if value_dtype is not None:
+                    sums[block.group].append(ops.sums(w))
+                if mode is not Mode.VALUE:
+                    ops.update(mode, block, w, targets, *of_group[block.group])
+    finally:
+        give_back(memory)
+    if value_dtype is None:
+        return None
+    if on_host and not is_watched():
+        return _measure_on_host(sums, strengths, value_dtype)
+    zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
+    totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
+    return measure(torch.stack(totals), strengths, value_dtype)
 
 
-def _only_piece(of_weights: Pieces, block: Block) -> Tensor:
-    position, number = block.pieces[0]
-    piece = of_weights[position][number]
-    return piece if piece.ndim == 1 else piece.view(-1)
+def _measure_on_host(pairs: list[list[tuple[Tensor, Tensor]]], strengths: Strengths, dtype: torch.dtype) -> Measure:
+    """`formulas.measure` in Python's float64: an operator call would take longer than its work."""
+    strengths = Strengths(*map(_on_host, strengths))
+    sums = [[sum([pair[i].item() for pair in of_group]) for i in range(2)] for of_group in pairs]
+    l1_term = l2_term = 0.0
+    for group, (abs_sum, square_sum) in enumerate(sums):
+        l1, l2 = strengths.of_group(group)
+        l1_term, l2_term = l1_term + l1 * abs_sum, l2_term + l2 * square_sum
+    most = torch.finfo(dtype).max
+    # scalar_tensor refuses what overflows its dtype.
+    values = [math.inf if x > most else x for x in (l1_term + l2_term, l1_term, l2_term)]
+    penalty = Penalty(*[torch.scalar_tensor(x, dtype=dtype, device="cpu") for x in values])
+    return Measure(penalty, torch.tensor(sums, dtype=torch.float64, device="cpu"))
 
 
-def _pieces(of_weights: Pieces, block: Block) -> tuple[Tensor, ...]:
-    return tuple([of_weights[position][number] for position, number in block.pieces])
-
-
-def _copy(targets: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> None:
-    if len(targets) == 1:
-        targets[0].copy_(sources[0])
-    else:
-        torch._foreach_copy_(targets, sources)
+def _on_host(strength: Any) -> Any:
+    """A strength in host memory as a float, or a list of floats with one for each group."""
+    return strength.detach().tolist() if isinstance(strength, Tensor) else strength

@@ -59,7 +59,7 @@ def as_placed(tensor: Tensor, weight: Tensor) -> Tensor:
     return found if found.placements == placements else found.redistribute(mesh, placements)  # type: ignore[no-any-return]
 
 
-def problem_with(tensor: Tensor) -> str | None:
+def dtensor_problem(tensor: Tensor) -> str | None:
     """Why a DTensor has no penalty as it is, as the end of a sentence."""
     weight: Any = tensor
     if any(placement.is_partial() for placement in weight.placements):
@@ -71,7 +71,7 @@ def problem_with(tensor: Tensor) -> str | None:
     return None
 
 
-def resharding(modules: Iterable[nn.Module]) -> set[int]:
+def gathered_by_fsdp(modules: Iterable[nn.Module]) -> set[int]:
     """The ids of parameters that FSDP2 shows in place of its sharded ones between forward and backward.
 
     Their gradients may come too late for it. FSDP2 has no public way of asking: where these names are missing in some

@@ -1,31 +1,20 @@
 """`ElasticNet`: a penalty that knows its parameters, for use again and again."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastreg.accumulate import add_gradients
-from fastreg.autograd import Call, ElasticPenaltyFunction
-from fastreg.ops import sweep, traced_sweep
-from fastreg.optim import Attachment
-from fastreg.plan import Mode
-from fastreg.prox import shrink
-from fastreg.selection import Filter, Selection
-from fastreg.strengths import UNSCALED, Measure, Scale, Strength, Strengths, accumulate_dtype, check_strength
-from fastreg.sweep import check_impl
-
-
-class Penalty(NamedTuple):
-    """A penalty and its parts: 0-dim tensors, float32 (float64 if any weight is), on the first weight's device.
-
-    `l1` and `l2` are the weighted terms, as they enter the loss: they sum to `total`.
-    """
-
-    total: Tensor
-    l1: Tensor
-    l2: Tensor
+from fastreg.attach import Attachment
+from fastreg.autograd import penalty_of
+from fastreg.collect import copied
+from fastreg.filters import Filter
+from fastreg.formulas import Measure, Penalty
+from fastreg.inplace import add_gradient, apply_prox
+from fastreg.selection import Selection, check_impl, check_reduce
+from fastreg.strengths import Scale, Strength, accumulate_dtype, check_strength
+from fastreg.work import Work
 
 
 class ElasticNet:
@@ -35,7 +24,7 @@ class ElasticNet:
     recompiled and nothing waits for the device.
 
     Parameters that are frozen, thawed, moved, converted, replaced or tied, and modules that are replaced or added, are
-    noticed at the next call.
+    noticed at the next call. Lists and group dicts are copied: what is changed in them later is not seen.
 
     `last` is the `Penalty` of the last step of an optimizer that this is attached to, or None before that.
 
@@ -43,6 +32,22 @@ class ElasticNet:
         >>> reg = fastreg.ElasticNet(model, l1=1e-5, l2=1e-4, exclude=fastreg.bias_and_norm)
         >>> loss = criterion(model(x), y) + reg()
     """
+
+    # No other attributes: a misspelt `reg.lambda1 = 0.1` would be no strength.
+    __slots__ = (
+        "__weakref__",
+        "_attachment",
+        "_buffers",
+        "_filters",
+        "_impl",
+        "_l1",
+        "_l2",
+        "_params",
+        "_published",
+        "_selection",
+        "_work",
+        "last",
+    )
 
     def __init__(
         self,
@@ -58,11 +63,11 @@ class ElasticNet:
         self._l1 = check_strength(l1, "l1")
         self._l2 = check_strength(l2, "l2")
         self._impl = impl
-        # What can be walked only once is walked here.
-        self._params = _repeatable(params)
+        self._params = copied(params)
         self._filters = (include, exclude)
         self._selection = Selection(self._params, include, exclude)
-        self._selection.strengths(self._l1, self._l2)
+        self._selection.work(self._l1, self._l2, impl)  # checks the strengths' devices
+        self._work: Work | None = None
         self._attachment: Attachment | None = None
         self.last: Penalty | None = None
         self._buffers: list[Tensor] = []
@@ -91,6 +96,7 @@ class ElasticNet:
     @l1.setter
     def l1(self, value: Strength) -> None:
         self._l1 = check_strength(value, "l1")
+        self._work = None
         self._publish_strengths()
 
     @property
@@ -101,6 +107,7 @@ class ElasticNet:
     @l2.setter
     def l2(self, value: Strength) -> None:
         self._l2 = check_strength(value, "l2")
+        self._work = None
         self._publish_strengths()
 
     @overload
@@ -109,30 +116,25 @@ class ElasticNet:
     def __call__(self, *, return_terms: Literal[True], reduce: bool = True) -> Penalty: ...
     def __call__(self, *, return_terms: bool = False, reduce: bool = True) -> Tensor | Penalty:
         """The penalty of the weights as they are now; see `elastic_penalty`."""
-        weights, groups, strengths = self._current()
-        if _is_transformed():
-            penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, impl="torch"))
-        elif torch.compiler.is_compiling():
-            penalty = _penalty(traced_sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl))
-        elif torch.is_grad_enabled():
-            call = Call(groups, self._impl, all_reduce=reduce, terms=return_terms)
-            found = ElasticPenaltyFunction.apply(call, *strengths, *weights)
-            if not return_terms:
-                return found[0]  # type: ignore[no-any-return]
-            penalty = Penalty(*found)
-        else:
-            penalty = _penalty(sweep(weights, groups, Mode.VALUE, strengths, impl=self._impl, all_reduce=reduce))
-        return penalty if return_terms else penalty.total
+        work = self._current()
+        if reduce is not True:
+            check_reduce(reduce)
+            work = work._replace(all_reduce=False)
+        if self._attachment is not None and self._attachment.is_alive:
+            work = work._replace(is_attached=True)
+        return penalty_of(work, return_terms)
 
     def add_grad_(self, *, reduce: bool = True) -> Penalty:
         """Adds the penalty's gradient to .grad and returns the penalty; see `add_elastic_grad_`."""
-        return self._add_grad(UNSCALED, reduce=reduce)
+        check_reduce(reduce)
+        with torch.no_grad():
+            return _penalty(add_gradient(self._current()._replace(all_reduce=reduce)))
 
     def prox_(self, lr: Strength) -> None:
         """Shrinks the weights by the proximal step of size `lr`; see `elastic_prox_`."""
-        weights, groups, strengths = self._current()
-        steps = [check_strength(lr, "lr")] * len(weights)
-        shrink(self._selection.names, weights, groups, strengths, steps, impl=self._impl)
+        step = check_strength(lr, "lr")
+        with torch.no_grad():
+            apply_prox(self._current(), [step])
 
     def attach(self, optimizer: torch.optim.Optimizer, mode: Literal["grad", "prox"] = "grad") -> Attachment:
         """Makes every `optimizer.step()` apply the penalty, once, however many micro-batches went before it.
@@ -141,77 +143,70 @@ class ElasticNet:
 
         Args:
             optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones,
-                and GradScaler, are provided for.
+                and GradScaler, are provided for. Of a wrapper such as Accelerate's it is the optimizer within.
             mode: "grad" adds the gradient right before the step, after any clipping, which therefore does not see it.
-                "prox" applies the proximal step right after it, with the learning rate of each weight's param group
-                as it is then, and leaves exact zeros; the optimizer's own steps are unaware of it, so that with Adam
-                the threshold is lr * l1 and not scaled as Adam scales its updates.
+                "prox" shrinks the weights right after the step, each by the learning rate of its param group: exactly
+                the proximal gradient method for plain SGD; momentum and Adam make larger steps than lr.
 
         Returns:
-            A handle with `remove()`. `last` is the `Penalty` of the last step: of the weights that the gradient was
-            taken at, or that the proximal step was applied to.
+            A handle with `remove()`. `last` is the `Penalty` at each step from now on.
 
         Raises:
             ValueError: a selected weight that the optimizer does not hold, an unknown mode; maximize=True, in mode
-                "grad".
+                "grad"; a param group without lr or with a negative one, in mode "prox", also later from step().
             TypeError: not an optimizer; LBFGS, which needs the penalty in its loss; SparseAdam, in mode "grad".
             RuntimeError: attached already; later, from step(), a closure in mode "grad".
-        """
-        if self._attachment is not None:
-            raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
-        attachment = Attachment(
-            optimizer, mode, add_grad=self._step_grad, prox=self._step_prox, on_remove=self._forget_attachment
-        )
-        try:
-            self._steps(self._current()[0], {id(p): 0.0 for group in optimizer.param_groups for p in group["params"]})
-        except ValueError:
-            attachment.remove()
-            raise
-        self._attachment = attachment
-        return attachment
 
-    def __getstate__(self) -> dict[str, Any]:
+        Warns:
+            UserWarning: another penalty of the same weights is attached to the optimizer; later, from backward, this
+                one is part of a loss as well.
+        """
+        if self._attachment is not None and self._attachment.is_alive:
+            raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
+        self._attachment = Attachment(optimizer, mode, self, self._forget_attachment)
+        return self._attachment
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
         # Optimizers leave their hooks behind when they are copied or pickled, and so does this.
-        return {**self.__dict__, "_attachment": None}
+        kept = {name: getattr(self, name) for name in self.__slots__ if name != "__weakref__"}
+        return None, {**kept, "_attachment": None, "_work": None}
 
     def __repr__(self) -> str:
-        n_elements = sum(w.numel() for w in self._selection.weights)
-        return f"ElasticNet({len(self._selection.weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
+        weights = self._selection.weights
+        n_elements = sum(w.numel() for w in weights)
+        return f"ElasticNet({len(weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
 
-    def _add_grad(
-        self, scale: Scale, learning_rates: dict[int, Strength] | None = None, reduce: bool = True
-    ) -> Penalty:
-        weights, groups, strengths = self._current()
-        if learning_rates is not None:
-            self._steps(weights, learning_rates)  # for its check
-        keywords: dict[str, Any] = {"scale": scale, "impl": self._impl, "names": self._selection.names}
-        keywords["all_reduce"] = reduce
-        return _penalty(add_gradients(weights, groups, strengths, reduce=True, **keywords))
+    def weights_now(self) -> tuple[Sequence[str], Sequence[Tensor]]:
+        """Names and tensors of the weights that count at this moment."""
+        work = self._current()
+        return work.names, work.weights
 
-    def _step_grad(self, learning_rates: dict[int, Strength], scale: Scale) -> None:
-        self.last = self._add_grad(scale, learning_rates)
+    def add_gradient_at_step(self, scale: Scale) -> None:
+        """For an attachment: `add_grad_` with a loss scale, which sets `last`."""
+        with torch.no_grad():
+            self.last = _penalty(add_gradient(self._current(), scale=scale))
 
-    def _step_prox(self, learning_rates: dict[int, Strength]) -> None:
-        weights, groups, strengths = self._current()
-        steps = self._steps(weights, learning_rates)
-        found = shrink(self._selection.names, weights, groups, strengths, steps, reduce=True, impl=self._impl)
-        self.last = _penalty(found)
-
-    def _steps(self, weights: list[Tensor], learning_rates: dict[int, Strength]) -> list[Strength]:
-        for name, w in zip(self._selection.names, weights, strict=True):
-            if id(w) not in learning_rates:
-                raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
-        return [learning_rates[id(w)] for w in weights]
+    def apply_prox_at_step(self, steps: Sequence[Strength], step_groups: Sequence[int]) -> None:
+        """For an attachment: `prox_` with a step for each param group, which sets `last`."""
+        with torch.no_grad():
+            self.last = _penalty(apply_prox(self._current(), steps, step_groups, with_value=True))
 
     def _forget_attachment(self, attachment: Attachment) -> None:
         if self._attachment is attachment:
             self._attachment = None
 
-    def _current(self) -> tuple[list[Tensor], list[int], Strengths]:
-        """Weights, their groups, and the groups' strengths, as they are now."""
+    def _current(self) -> Work:
+        """The weights with their groups and strengths, as they are now."""
         if not self._selection.is_current():
             self._selection = Selection(self._params, *self._filters)
-        return self._selection.weights, self._selection.groups, self._selection.strengths(self.l1, self.l2)
+            self._work = None
+        if self._work is not None and not torch.compiler.is_compiling():
+            return self._work
+        l1, l2 = self.l1, self.l2
+        work = self._selection.work(l1, l2, self._impl)
+        if not torch.compiler.is_compiling() and self._selection.makes_constants(l1, l2):
+            self._work = work
+        return work
 
     def _publish_strengths(self) -> None:
         """Leaves both strengths as tensors for compiled code, in which nothing then depends on their values.
@@ -239,33 +234,6 @@ class ElasticNet:
         return self._buffers[which].to(self._selection.weights[0].device) if given is None else given
 
 
-def _penalty(measure: Measure | None) -> Penalty:
-    assert measure is not None
-    return Penalty(measure.total, measure.l1, measure.l2)
-
-
-class Once(ElasticNet):
-    """For a single call: without what only further calls need."""
-
-    def _publish_strengths(self) -> None:
-        pass
-
-
-def _is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation has to see through the penalty."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-# Asked once, while tracing; torch.compiler.assume_constant_result would say so too, but imports the compiler.
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _repeatable(params: Any) -> Any:
-    """`params` with every iterator in it replaced by a list."""
-    if isinstance(params, Iterator):
-        return [_repeatable(item) for item in params]
-    if isinstance(params, list):
-        return [_repeatable(item) if isinstance(item, Mapping) else item for item in params]
-    if isinstance(params, Mapping) and isinstance(params.get("params"), Iterator):
-        return {**params, "params": list(params["params"])}
-    return params
+def _penalty(measured: Measure | None) -> Penalty:
+    assert measured is not None
+    return measured.penalty

@@ -18,11 +18,14 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastreg.distributed import Census
+from fastreg.autograd import penalty_of
 from fastreg.dtensor import any_dtensor, local_parts
-from fastreg.elastic_net import Once, Penalty
-from fastreg.selection import Filter, Selection
-from fastreg.strengths import Strength
+from fastreg.filters import Filter
+from fastreg.formulas import Penalty
+from fastreg.inplace import add_gradient, apply_prox
+from fastreg.selection import Selection, select
+from fastreg.sharded import Ownership
+from fastreg.strengths import Strength, check_strength
 
 
 @overload
@@ -62,8 +65,9 @@ def elastic_penalty(
 ) -> Tensor | Penalty:
     """The L1 + L2 penalty of all weights, l1 * Σ|w| + l2 * Σw², to add to a loss.
 
-    The same number as `l1 * torch.cat([p.flatten() for p in params]).abs().sum() + l2 * (the same).square().sum()`, in
-    one pass over the weights and without copying them. Formulas and conventions: the docstring of fastreg.penalty.
+    The same number as `l1 * torch.cat([p.flatten() for p in params]).abs().sum() + l2 * (the same).square().sum()`,
+    from one pass over the weights and without copying them; the backward pass makes another one. Formulas and
+    conventions: the docstring of fastreg.penalty.
 
     Args:
         params: an nn.Module, a tensor, an iterable of tensors or of (name, tensor) pairs, or a list of group dicts as
@@ -73,8 +77,10 @@ def elastic_penalty(
             a plain tensor without gradients: then all count, and the value is not differentiable in them.
         l1, l2: floats, or 0-dim floating-point tensors on the weights' device, which are read there and may require
             gradients themselves. A tensor's value is not checked: that would mean waiting for the device.
-        include, exclude: which parameters count: a regular expression searched in the name, or a callable
-            (name, param) -> bool. exclude wins. `bias_and_norm` is a ready one for `exclude`.
+        include, exclude: which parameters count: a regular expression searched in the name, a callable
+            (name, param) -> bool, or a module class or tuple of them, for the parameters that such modules own.
+            exclude wins. `bias_and_norm` is a ready callable for `exclude`. Names are those of your own model, without
+            what torch.compile, DataParallel and DDP put before them.
         return_terms: return the `Penalty` (total, l1, l2) instead of the total alone.
         reduce: for DTensor weights: sum over the ranks that hold the shards, one all-reduce of two numbers per mesh and
             strength group. With False every rank gets its own terms, whose sum over the ranks of the mesh is the
@@ -87,15 +93,17 @@ def elastic_penalty(
 
     Raises:
         ValueError: a negative, NaN or infinite strength, a strength that is not 0-dim or on another device, nothing
-            selected, a weight in two groups.
+            selected, an `include` that matches nothing, a weight in two groups, a group key that looks misspelt.
         TypeError: integer, complex, sparse, quantized or meta weights, arguments of another kind.
-        RuntimeError: impl="triton" where it cannot run.
+        RuntimeError: impl="triton" where it cannot run; later, from backward, weights that were changed since.
+
+    Warns:
+        UserWarning: an `exclude` that matches nothing.
 
     Example:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
     """
-    reg = Once(params, l1, l2, include=include, exclude=exclude, impl=impl)
-    return reg(return_terms=True, reduce=reduce) if return_terms else reg(reduce=reduce)
+    return penalty_of(select(params, l1, l2, include, exclude, impl, reduce), return_terms)
 
 
 def add_elastic_grad_(
@@ -129,7 +137,10 @@ def add_elastic_grad_(
         >>> penalty = fastreg.add_elastic_grad_(model, l1=1e-5, l2=1e-4)
         >>> optimizer.step()
     """
-    return Once(params, l1, l2, include=include, exclude=exclude, impl=impl).add_grad_(reduce=reduce)
+    with torch.no_grad():
+        found = add_gradient(select(params, l1, l2, include, exclude, impl, reduce))
+    assert found is not None
+    return found.penalty
 
 
 def elastic_prox_(
@@ -159,7 +170,9 @@ def elastic_prox_(
         >>> optimizer.step()
         >>> fastreg.elastic_prox_(model, l1=1e-5, lr=optimizer.param_groups[0]["lr"])
     """
-    Once(params, l1, l2, include=include, exclude=exclude, impl=impl).prox_(lr)
+    work = select(params, l1, l2, include, exclude, impl)
+    with torch.no_grad():
+        apply_prox(work, [check_strength(lr, "lr")])
 
 
 @torch.no_grad()
@@ -178,8 +191,8 @@ def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> 
     with torch._C.DisableTorchFunctionSubclass():
         counts = [torch.count_nonzero(part).to(device) for part in local_parts(weights)]
         if any_dtensor(weights):
-            census = Census(weights, reduce=True)
-            nonzero = census.total(counts, census.domains)
+            ownership = Ownership(weights, all_reduce=True)
+            nonzero = ownership.total(counts, ownership.mesh_index)
         else:
             nonzero = torch.stack(counts).sum()
         return ((total - nonzero).double() / total).float()

@@ -7,18 +7,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastreg import plan
-
 T = TypeVar("T")
 # Views that a thread keeps, of some hundred bytes each.
 MOST_VIEWS = 1 << 14
 
 
 class Memory:
-    """Named buffers of one device, for one sweep or to be kept."""
+    """Named buffers of one device, each of at least `reserve` elements."""
 
-    def __init__(self, device: torch.device, keep: bool = False) -> None:
-        self._device, self._keep = device, keep
+    def __init__(self, device: torch.device, reserve: int = 0) -> None:
+        self._device, self._reserve = device, reserve
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[Hashable, Any] = {}
         self._n_views = 0
@@ -30,7 +28,7 @@ class Memory:
     def view(
         self, key: tuple[torch.dtype, Hashable], name: str, n: int, make: Callable[[Tensor], T], n_views: int
     ) -> T:
-        """What `make` makes of that vector: `n_views` views, under a dtype and whatever else it depends on."""
+        """What `make` makes of that vector: `n_views` views, kept under a dtype and whatever else it depends on."""
         found: T | None = self._views.get((name, key))
         if found is None:
             # Made for every later call, in whatever mode that is.
@@ -47,7 +45,7 @@ class Memory:
         if buffer is None or buffer.numel() < n:
             self._forget_views()
             # All at once where it will be kept: pages that are never touched take no memory.
-            size = max(n, plan.CPU_BLOCK) if self._keep else n
+            size = max(n, self._reserve)
             buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self._device)
         return buffer
 
@@ -56,17 +54,29 @@ class Memory:
         self._n_views = 0
 
 
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.memory = Memory(torch.device("cpu"), keep=True)
+class _Kept(threading.local):
+    memory: Memory | None = None
 
 
-_THREAD = _Thread()
+_KEPT = _Kept()
 
 
-def memory_of(device: torch.device) -> Memory:
-    """On a CPU what this thread had before: to take it anew would cost a page fault for every 4 KiB of it."""
-    return _THREAD.memory if device.type == "cpu" and not is_watched() else Memory(device)
+def take_memory(device: torch.device, reserve: int) -> Memory:
+    """This thread's memory, for the caller alone until `give_back`.
+
+    On a CPU it is what this thread had before: new memory costs a page fault for every 4 KiB of it. A sweep that runs
+    in the middle of another one, in a signal handler for instance, finds none, and gets memory of its own.
+    """
+    if device.type != "cpu" or is_watched():
+        return Memory(device)
+    memory, _KEPT.memory = _KEPT.memory, None
+    return Memory(device, reserve) if memory is None else memory
+
+
+def give_back(memory: Memory) -> None:
+    """Keeps `memory` for this thread's next sweep."""
+    if memory._reserve:
+        _KEPT.memory = memory
 
 
 def is_watched() -> bool:

@@ -1,35 +1,26 @@
-"""From what a user passes to the weights that count: named, deduplicated, filtered and checked."""
+"""From what a user passes to the weights that count, and whether they are still the same."""
 
 import operator
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastreg.dtensor import is_dtensor, is_fsdp1, local, problem_with, resharding
-from fastreg.strengths import Strength, Strengths, check_strength, combine, place
-
-Filter: TypeAlias = str | re.Pattern[str] | Callable[[str, Tensor], bool] | None
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class Candidate(NamedTuple):
-    """A tensor that was passed, before freezing and filters have their say."""
-
-    name: str
-    tensor: Tensor
-    group: int
+from fastreg.collect import Candidate, OwnStrengths, collect
+from fastreg.dtensor import gathered_by_fsdp, is_fsdp1
+from fastreg.filters import Filter, filtered
+from fastreg.kinds import check_kinds
+from fastreg.strengths import Strength, Strengths, check_strength, per_group
+from fastreg.work import Work
 
 
 class Selection:
-    """The weights that count, and the strengths of their groups."""
+    """The weights that count, with their names and the strengths of their groups."""
 
     def __init__(self, params: Any, include: Filter, exclude: Filter) -> None:
-        self._candidates, self._own_strengths, modules = _collect(params)
+        candidates, own_strengths, modules = collect(params)
         # What is in each module, to notice when that changes.
         self._contents: list[dict[str, Any]] = [
             contained for module in modules for contained in (module._parameters, module._modules)
@@ -37,21 +28,24 @@ class Selection:
         self._lengths = list(map(len, self._contents))
         self._filled = [contained for contained in self._contents if contained]
         self._contained = self._now_contained()
-        self._requires_grad = [c.tensor.requires_grad for c in self._candidates]
-        chosen = _choose(self._candidates, _matcher(include, "include"), _matcher(exclude, "exclude"))
-        _check_fsdp(chosen, modules)
+        self._tensors = [c.tensor for c in candidates]
+        self._requires_grad = [t.requires_grad for t in self._tensors]
+        chosen = filtered(candidates, _trainable(candidates), include, exclude, modules)
         self.names = [c.name for c in chosen]
         self.weights = [c.tensor for c in chosen]
+        check_kinds(self.names, self.weights)
+        _check_fsdp(chosen, modules)
         # Groups of equal strengths are one, and groups that lost all their weights are none.
-        brought, self._own_strengths = self._own_strengths, []
-        places = {group: place(brought[group], self._own_strengths) for group in dict.fromkeys(c.group for c in chosen)}
-        self.groups = [places[c.group] for c in chosen]
+        self._own_strengths: list[OwnStrengths] = []
+        used = dict.fromkeys(c.group for c in chosen)
+        merged = {group: _index_of(own_strengths[group], self._own_strengths) for group in used}
+        self.groups = [merged[c.group] for c in chosen]
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
         # Hundreds of modules, asked at every call: without a loop in Python.
         return (
-            [c.tensor.requires_grad for c in self._candidates] == self._requires_grad
+            [t.requires_grad for t in self._tensors] == self._requires_grad
             and list(map(len, self._contents)) == self._lengths
             and all(map(operator.is_, self._now_contained(), self._contained))
         )
@@ -59,157 +53,85 @@ class Selection:
     def _now_contained(self) -> list[Any]:
         return list(chain.from_iterable([contained.values() for contained in self._filled]))
 
-    def strengths(self, l1: Strength, l2: Strength) -> Strengths:
-        """The groups' own strengths, with `l1` and `l2` where a group has none."""
+    def makes_constants(self, l1: Strength, l2: Strength) -> bool:
+        """Whether `work` may be kept: its strengths are then not new tensors made of those that were passed."""
+        strengths = [l1, l2, *chain.from_iterable(self._own_strengths)]
+        return len(self._own_strengths) == 1 or not any(isinstance(s, torch.Tensor) for s in strengths)
+
+    def work(self, l1: Strength, l2: Strength, impl: str | None, all_reduce: bool = True) -> Work:
+        """The weights with their groups' own strengths, or `l1` and `l2` where a group has none."""
         device = self.weights[0].device
-        return Strengths(
-            combine([l1 if own[0] is None else own[0] for own in self._own_strengths], device, "l1"),
-            combine([l2 if own[1] is None else own[1] for own in self._own_strengths], device, "l2"),
+        strengths = Strengths(
+            per_group([l1 if own[0] is None else own[0] for own in self._own_strengths], device, "l1"),
+            per_group([l2 if own[1] is None else own[1] for own in self._own_strengths], device, "l2"),
         )
+        return Work(self.names, self.weights, self.groups, len(self._own_strengths), strengths, impl, all_reduce)
 
 
-def bias_and_norm(name: str, param: Tensor) -> bool:
-    """True for biases and the weights of normalisation layers: parameters with fewer than two dimensions.
-
-    Meant for `exclude=`; weights of that shape are usually not regularised.
-    """
-    return param.ndim < 2
-
-
-def _collect(
+def select(
     params: Any,
-) -> tuple[list[Candidate], list[tuple[Strength | None, Strength | None]], list[nn.Module]]:
-    """All candidates, each once; the strengths that each group brings along; and the modules that were walked."""
-    if isinstance(params, Mapping) and "params" in params:
-        params = [params]
-    if not isinstance(params, (nn.Module, Tensor, Mapping)):
-        if isinstance(params, str) or not isinstance(params, Iterable):
-            raise TypeError(
-                "params must be an nn.Module, a tensor, an iterable of tensors or of (name, tensor) pairs, or a list "
-                f"of group dicts, got {type(params).__name__}"
-            )
-        params = list(params)
-    groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
-    own: list[tuple[Strength | None, Strength | None]] = []
-    candidates: list[Candidate] = []
-    find = _finder(candidates)
-    modules: list[nn.Module] = []
-    for index, group in enumerate([{"params": params}] if groups is None else groups):
-        where = "" if groups is None else f"groups[{index}]."
-        if not isinstance(group, Mapping):
-            raise TypeError(f"params mixes group dicts with {type(group).__name__}; put that into a group of its own")
-        if "params" not in group:
-            raise ValueError(f"groups[{index}] has no 'params' entry")
-        l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
-        own.append((l1, l2))
-        if isinstance(group["params"], nn.Module):
-            modules.extend(list(group["params"].modules()))
-        for name, tensor in _named(group["params"], where):
-            known = find(tensor)
-            if known is None:
-                candidates.append(Candidate(name, tensor, index))
-            elif known.group != index:
-                raise ValueError(
-                    f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "
-                    "ambiguous, so leave it in one of them"
-                )
-    return candidates, own, modules
+    l1: Strength,
+    l2: Strength,
+    include: Filter,
+    exclude: Filter,
+    impl: str | None,
+    all_reduce: bool = True,
+) -> Work:
+    """The work of a single call, with every argument checked."""
+    check_impl(impl)
+    check_reduce(all_reduce)
+    l1, l2 = check_strength(l1, "l1"), check_strength(l2, "l2")
+    return Selection(params, include, exclude).work(l1, l2, impl, all_reduce)
 
 
-def _finder(candidates: list[Candidate]) -> Callable[[Tensor], Candidate | None]:
-    """How to tell whether a tensor is among `candidates`, to which they are appended in between."""
-    places: dict[int, int] = {}
-
-    def by_id(tensor: Tensor) -> Candidate | None:
-        place = places.setdefault(id(tensor), len(candidates))
-        return candidates[place] if place < len(candidates) else None
-
-    def by_comparison(tensor: Tensor) -> Candidate | None:
-        for candidate in candidates:
-            if candidate.tensor is tensor:
-                return candidate
-        return None
-
-    # A compiler would take an id for a constant, and compile again for the next tensor.
-    return by_comparison if torch.compiler.is_compiling() else by_id
+def check_impl(impl: object) -> None:
+    """Raises ValueError where `impl` names no implementation."""
+    if impl not in (None, "triton", "torch"):
+        raise ValueError(f'impl must be "triton", "torch" or None, got {impl!r}')
 
 
-def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(params, nn.Module):
-        yield from params.named_parameters()
-    elif isinstance(params, Tensor):
-        yield f"{where}params", params
-    else:
-        items = params.items() if isinstance(params, Mapping) else params
-        if isinstance(items, str) or not isinstance(items, Iterable):
-            raise TypeError(f"{where}params must hold tensors, got {type(items).__name__}")
-        for index, item in enumerate(items):
-            default = f"{where}params[{index}]"
-            name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (default, item)
-            if not isinstance(tensor, Tensor) or not isinstance(name, str):
-                raise TypeError(f"{default} must be a tensor or a (name, tensor) pair, got {_describe(item)}")
-            yield name, tensor
+def check_reduce(reduce: object) -> None:
+    """Raises TypeError where `reduce` is not a bool: it does not name a reduction, as in a loss of torch.nn."""
+    if not isinstance(reduce, bool):
+        raise TypeError(f"reduce must be True (sum over ranks) or False, got {reduce!r}")
 
 
-def _describe(item: object) -> str:
-    if isinstance(item, (tuple, list)):
-        return f"{type(item).__name__} of {', '.join(type(part).__name__ for part in item)}"
-    return type(item).__name__
-
-
-def _choose(
-    candidates: list[Candidate], included: Callable[[str, Tensor], bool], excluded: Callable[[str, Tensor], bool]
-) -> list[Candidate]:
+def _trainable(candidates: list[Candidate]) -> list[bool]:
+    """Whether each candidate is trained, and so counts unless it is filtered out."""
     # Tensors without gradients count only where nothing else is there: then they are data, not frozen weights.
     plain = not any(c.tensor.requires_grad or isinstance(c.tensor, nn.Parameter) for c in candidates)
-    alive = [c for c in candidates if plain or c.tensor.requires_grad]
-    chosen = [c for c in alive if included(c.name, c.tensor) and not excluded(c.name, c.tensor)]
-    if not chosen:
-        if not candidates:
-            reason = "params holds no tensors"
-        elif not alive:
-            reason = f"all {len(candidates)} parameters are frozen (requires_grad=False)"
-        else:
-            reason = f"include and exclude leave none of {len(alive)} trainable parameters, such as {alive[0].name!r}"
-        raise ValueError(f"nothing selected: {reason}")
-    for c in chosen:
-        check_weight(c.name, c.tensor)
-    return chosen
+    trainable = [plain or c.tensor.requires_grad for c in candidates]
+    if not candidates:
+        raise ValueError("nothing selected: params holds no tensors")
+    if not any(trainable):
+        raise ValueError(f"nothing selected: all {len(candidates)} parameters are frozen (requires_grad=False)")
+    return trainable
 
 
-def check_weight(name: str, tensor: Tensor) -> None:
-    """Raises TypeError where `tensor` is of a kind that has no penalty here, with its name and a way out."""
-    if isinstance(tensor, nn.UninitializedParameter):
-        problem = "is not initialised yet; run a batch through its lazy module first"
-    elif tensor.is_quantized:
-        problem = "is quantized; exclude it, or dequantize() it"
-    elif tensor.layout != torch.strided:
-        problem = f"is sparse or otherwise not strided ({tensor.layout}); exclude it, or pass to_dense()"
-    elif tensor.dtype not in DTYPES:
-        problem = f"has dtype {tensor.dtype}; supported are float64, float32, bfloat16 and float16, so exclude it"
-    elif tensor.device.type == "meta":
-        problem = "is on the meta device and has no values; materialise it with to_empty() and initialise it"
-    elif is_dtensor(tensor):
-        found = problem_with(tensor)
-        if found is None:
-            # Of a kind that has a penalty, as far as the ranks agree on: they all raise, or none does.
-            check_weight(name, local(tensor))
-            return
-        problem = found
-    elif type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not torch.compiler.is_compiling():
-        problem = f"is a {type(tensor).__name__}, a tensor subclass whose memory cannot be read; exclude it"
-    else:
-        return
-    raise TypeError(f"parameter {name!r} {problem}")
+def _index_of(entry: OwnStrengths, known: list[OwnStrengths]) -> int:
+    """Where `known` has an equal entry; it is appended where there is none.
+
+    Not by hash, for which a compiler would take a float for a constant.
+    """
+    for i, one in enumerate(known):
+        if all(map(_known_equal, one, entry)):
+            return i
+    known.append(entry)
+    return len(known) - 1
 
 
-def _check_fsdp(chosen: list[Candidate], modules: list[nn.Module]) -> None:
+def _known_equal(one: Strength | None, other: Strength | None) -> bool:
+    """Whether two are known to be equal; to compare tensors one would have to wait for the device."""
+    return one is other or not (isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor) or one != other)
+
+
+def _check_fsdp(chosen: list[Candidate], modules: Iterable[nn.Module]) -> None:
     if any(map(is_fsdp1, modules)):
         raise TypeError(
             "params is wrapped by FullyShardedDataParallel, whose flattened shards hide which weight is which; shard "
             "it with torch.distributed.fsdp.fully_shard instead"
         )
-    gathered = resharding(modules)
+    gathered = gathered_by_fsdp(modules)
     for c in chosen if gathered else []:
         if id(c.tensor) in gathered:
             raise RuntimeError(
@@ -217,19 +139,3 @@ def _check_fsdp(chosen: list[Candidate], modules: list[nn.Module]) -> None:
                 "before the forward pass, or after backward as attach() does, or shard with "
                 "reshard_after_forward=True; after a forward pass without backward, call model.reshard() first"
             )
-
-
-def _matcher(pattern: Filter, which: str) -> Callable[[str, Tensor], bool]:
-    if pattern is None:
-        return lambda name, param: which == "include"
-    if callable(pattern):
-        return pattern
-    if not isinstance(pattern, (str, re.Pattern)):
-        raise TypeError(
-            f"{which} must be a regular expression or a callable (name, param) -> bool, got {type(pattern).__name__}"
-        )
-    try:
-        search = re.compile(pattern).search
-    except re.error as error:
-        raise ValueError(f"{which} is not a valid regular expression: {pattern!r}: {error}") from error
-    return lambda name, param: search(name) is not None

@@ -1,9 +1,9 @@
-"""l1 and l2 on their way to a sweep: checked, grouped, and scaled."""
+"""l1 and l2 on their way to a sweep: checked, one per group, and scaled."""
 
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from fastreg.device_cache import DeviceCache, to_device
 from fastreg.dtensor import is_dtensor
 
 Strength: TypeAlias = float | Tensor
-Entry = TypeVar("Entry", bound=tuple[Strength | None, ...])
 
 
 class Scale(NamedTuple):
@@ -30,42 +29,23 @@ UNSCALED = Scale()
 
 
 class Strengths(NamedTuple):
-    """Each a float or a 0-dim tensor that holds for every weight, or a tensor [n_groups]."""
+    """With one group a float or a 0-dim tensor each; with more a tensor [n_groups] each, on the weights' device."""
 
     l1: Strength
     l2: Strength
 
     def of_group(self, group: int, scale: Scale = UNSCALED) -> tuple[Strength, Strength]:
-        """The pair for one group, scaled in the precision of the accumulator."""
-        return _pick(self.l1, group, scale.l1), _pick(self.l2, group, scale.l2)
+        """The pair for one group, scaled in float64."""
+        return _product(self.l1, group, scale.l1), _product(self.l2, group, scale.l2)
 
     def on(self, device: torch.device) -> "Strengths":
         """The same strengths, readable from `device`."""
         return Strengths(*(s.to(device, non_blocking=True) if isinstance(s, Tensor) else s for s in self))
 
 
-class Measure(NamedTuple):
-    """What a sweep that was asked for the value returns."""
-
-    total: Tensor  # 0-dim, of the value's dtype
-    l1: Tensor  # 0-dim
-    l2: Tensor  # 0-dim
-    sums: Tensor  # float64 [n_groups, 2]: sums of |w| and w² of each strength group
-
-
-def measure(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
-    """The weighted terms of `sums`, each rounded once."""
-    l1_term, l2_term = (strengths.l1 * sums[:, 0]).sum(), (strengths.l2 * sums[:, 1]).sum()
-    return Measure((l1_term + l2_term).to(dtype), l1_term.to(dtype), l2_term.to(dtype), sums)
-
-
-def value_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The value's, for weights of `dtypes`: float32, or float64 where any weight is."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _pick(strength: Strength, group: int, factor: Strength) -> Strength:
-    if isinstance(strength, Tensor) and strength.ndim:
+def _product(strength: Any, group: int, factor: Strength) -> Strength:
+    # The PyTorch path has the strengths of groups as a list of floats.
+    if isinstance(strength, list) or (isinstance(strength, Tensor) and strength.ndim):
         strength = strength[group]
     return _wide(strength) * _wide(factor)
 
@@ -75,7 +55,7 @@ def _wide(factor: Strength) -> Strength:
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """float64, but on Apple's GPUs, which have none."""
+    """The dtype of sums: float64, but on Apple's GPUs, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -103,55 +83,44 @@ def check_strength(value: object, name: str) -> Strength:
         number = float(value)
     except OverflowError:  # an int beyond every float
         number = math.inf
-    if not 0 <= number < math.inf:  # which a compiler can follow, unlike math.isfinite
+    if not 0 <= number < math.inf:  # a compiler can follow this, unlike math.isfinite
         raise ValueError(f"{name} must be finite and at least 0, got {number}")
     return number
 
 
-def same(one: Strength | None, other: Strength | None) -> bool:
-    """Whether two are known to be equal; tensors would have to be read.
+def per_group(values: Sequence[Strength], device: torch.device, name: str) -> Strength:
+    """One strength per group in the form that `Strengths` holds.
 
-    Not by hash, for which a compiler would take a float for a constant.
+    That form depends on the number of groups only, never on the values: another form would compile kernels again.
+
+    Raises:
+        ValueError: a tensor on another device than `device`.
     """
-    return one is other or not (isinstance(one, Tensor) or isinstance(other, Tensor) or one != other)
-
-
-def place(entry: Entry, known: list[Entry]) -> int:
-    """Where `known` has a tuple the `same` as `entry`, which is added where it has none."""
-    for i, one in enumerate(known):
-        if all(map(same, one, entry)):
-            return i
-    known.append(entry)
-    return len(known) - 1
-
-
-def combine(per_group: Sequence[Strength], device: torch.device, name: str) -> Strength:
-    """One strength per group as what a sweep takes: a float where all agree, else a 0-dim or [n_groups] tensor."""
-    for strength in per_group:
-        if isinstance(strength, Tensor) and strength.device != device:
+    for value in values:
+        if isinstance(value, Tensor) and value.device != device:
             raise ValueError(
-                f"{name} is on {strength.device} but the weights are on {device}; move it with .to({str(device)!r})"
+                f"{name} is on {value.device} but the weights are on {device}; move it with .to({str(device)!r})"
             )
-    if len(per_group) == 1:
-        return per_group[0]
+    if len(values) == 1:
+        return values[0]
     constant = _new_constant if torch.compiler.is_compiling() else _constant
-    floats = [s for s in per_group if not isinstance(s, Tensor)]
-    if len(floats) == len(per_group):
-        return floats[0] if all(s == floats[0] for s in floats) else constant(tuple(floats), device)
+    floats = tuple([s for s in values if not isinstance(s, Tensor)])
+    if len(floats) == len(values):
+        return constant(floats, device)
     dtype = accumulate_dtype(device)
-    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in per_group])
+    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in values])
 
 
 _CONSTANTS: dict[torch.device, DeviceCache] = {}
 
 
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copied to the device once for each set of values, not at every call."""
-    cache = _CONSTANTS.setdefault(device, DeviceCache(device, size=64))
+    """`values` as a tensor on `device`, copied there once for each set of values."""
+    cache = _CONSTANTS.get(device) or _CONSTANTS.setdefault(device, DeviceCache(device, size=64))
     dtype = accumulate_dtype(device)
     return cache.get(values, lambda: to_device(torch.tensor(values, dtype=dtype, device="cpu"), device))
 
 
 def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """For a compiler, which records how a constant is made and does not look into caches; no copy from the host."""
+    """The same for a compiler, which records how a constant is made and cannot look into caches."""
     return torch.stack([torch.full((), v, dtype=accumulate_dtype(device), device=device) for v in values])

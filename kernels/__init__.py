@@ -1,5 +1,5 @@
 """Launches of the Triton kernels. Nothing outside this package imports Triton."""
 
-from fastreg.kernels.launch import INTERPRETED, sweep
+from fastreg.kernels.launch import INTERPRETED, kernel_sweep
 
-__all__ = ["INTERPRETED", "sweep"]
+__all__ = ["INTERPRETED", "kernel_sweep"]

@@ -1,4 +1,4 @@
-"""From a plan's parts to kernel launches: one sweep per dtype, and one kernel that finishes the value."""
+"""From parts to kernel launches: one sweep per dtype, and one kernel that finishes the value."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
-from fastreg.plan import BLOCK, Mode, Part, Tables
-from fastreg.strengths import Measure, Scale, Strengths
+from fastreg.kernels.tables import BLOCK, PointerTables, Tables
+from fastreg.layout import Part
+from fastreg.strengths import Scale, Strengths
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
@@ -25,7 +27,7 @@ _TRITON_DTYPES = {
 }
 
 
-def sweep(
+def kernel_sweep(
     parts: Sequence[Part],
     mode: Mode,
     weights: Sequence[Tensor],
@@ -37,22 +39,22 @@ def sweep(
 ) -> Measure | None:
     """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
 
-    The arguments are those of `fastreg.reference.sweep`, which does the same without Triton; the weights' addresses
-    are in the parts' tables already.
+    The arguments are those of `block_sweep`, which does the same without Triton. The addresses of the weights are in
+    the parts' tables already.
     """
     device = parts[0].device
-    reduce = value_dtype is not None
-    tables = [part.tables for part in parts]
+    pointers = [part.prepared(PointerTables) for part in parts]
+    tables = [each.of_weights for each in pointers]
     chunks = [t.chunk_tensor.numel() for t in tables]
     (l1, l1_ptr), (l2, l2_ptr) = map(_scalar_and_pointer, strengths)
     (factor_l1, scale_l1_ptr), (factor_l2, scale_l2_ptr) = map(_scalar_and_pointer, scale)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        partials = torch.empty((sum(chunks), 2), dtype=torch.float64, device=device) if reduce else None
+        partials = None if value_dtype is None else torch.empty((sum(chunks), 2), dtype=torch.float64, device=device)
         first_partial = 0
-        for part, table, n_chunks in zip(parts, tables, chunks, strict=True):
+        for part, pointer, table, n_chunks in zip(parts, pointers, tables, chunks, strict=True):
             if n_chunks == 0:
                 continue
-            grad_base, grad_table = _grad_addresses(part, grads)
+            grad_base, grad_table = _grad_addresses(part, pointer, grads)
             _sweep_kernel[(n_chunks,)](
                 table_ptr=table.tensors,
                 chunk_tensor_ptr=table.chunk_tensor,
@@ -67,7 +69,7 @@ def sweep(
                 grad_base=grad_base,
                 blocks_per_chunk=table.blocks_per_chunk,
                 DTYPE=_TRITON_DTYPES[part.dtype],
-                MODE=int(mode),
+                MODE=mode.value,
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
             )
@@ -78,7 +80,7 @@ def sweep(
         sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
         _finish_kernel[(1 + n_groups,)](
             partials_ptr=partials,
-            chunk_group_ptr=_chunk_groups(parts, tables) if n_groups > 1 else None,
+            chunk_group_ptr=_chunk_groups(pointers, tables) if n_groups > 1 else None,
             total_ptr=total,
             l1_term_ptr=l1_term,
             l2_term_ptr=l2_term,
@@ -91,23 +93,24 @@ def sweep(
             BLOCK=FINISH_BLOCK,
             num_warps=NUM_WARPS,
         )
-    return Measure(total, l1_term, l2_term, sums)
+    return Measure(Penalty(total, l1_term, l2_term), sums)
 
 
 def _scalar_and_pointer(strength: float | Tensor) -> tuple[float, Tensor | None]:
     return (1.0, strength) if isinstance(strength, Tensor) else (strength, None)
 
 
-def _grad_addresses(part: Part, grads: Sequence[Tensor] | None) -> tuple[int, Tensor | None]:
-    """A base address and the table of offsets from it: the same table serves a buffer that moved as a whole."""
+def _grad_addresses(part: Part, pointers: PointerTables, grads: Sequence[Tensor] | None) -> tuple[int, Tensor | None]:
+    """A base address and the table of offsets from it: the same table serves gradients that moved as a whole."""
     if grads is None:
         return 0, None
     addresses = [grads[i].data_ptr() for i in part.positions]
     base = addresses[0]
-    return base, part.grad_table(tuple([address - base for address in addresses]))
+    return base, pointers.of_gradients(tuple([address - base for address in addresses]))
 
 
-def _chunk_groups(parts: Sequence[Part], tables: Sequence[Tables]) -> Tensor:
+def _chunk_groups(pointers: Sequence[PointerTables], tables: Sequence[Tables]) -> Tensor:
+    """int32 [n_chunks of all parts]: the strength group of each chunk."""
     if len(tables) == 1:
         return tables[0].chunk_group
-    return parts[0].cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))
+    return pointers[0].cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))

@@ -7,13 +7,6 @@ weight, whose address it reads from a table. One compiled kernel per dtype and m
 import triton
 import triton.language as tl
 
-# Modes of a sweep, by what it does besides reading w. fastreg.plan repeats them for code that must not import Triton.
-VALUE = tl.constexpr(0)  # nothing
-GRADIENT = tl.constexpr(1)  # writes the penalty's gradient
-RESCALE = tl.constexpr(2)  # as GRADIENT, over a gradient written for scale 1: leaves it alone where the scale is 1
-ACCUMULATE = tl.constexpr(3)  # adds the gradient to .grad in place
-PROX = tl.constexpr(4)  # shrinks w in place
-
 TABLE_COLUMNS = tl.constexpr(4)  # address, number of elements, first chunk, strength group
 
 
@@ -63,13 +56,13 @@ def _sweep_block(weight_ptrs, grad_ptrs, mask, l1, l2, abs_sum, square_sum, MODE
         wide = tl.reshape(wide, (lanes, wide.shape[0] // lanes))
         abs_sum += tl.sum(tl.abs(wide), axis=1)
         square_sum += tl.sum(wide * wide, axis=1)
-    if MODE == PROX:
+    if MODE == "prox":
         # One division for all elements, in float64.
         shrinkage = (1 / (1 + 2 * l2)).to(COMPUTE)
         tl.store(weight_ptrs, _prox(w, l1.to(COMPUTE), shrinkage).to(DTYPE), mask=mask)
-    elif MODE != VALUE:
+    elif MODE != "value":
         grad = _gradient(w, l1.to(COMPUTE), l2.to(COMPUTE)).to(DTYPE)
-        if MODE == ACCUMULATE:
+        if MODE == "accumulate":
             # Rounded before the addition, as autograd's own accumulation does: the two ways give the same bits.
             old = _load(grad_ptrs, mask).to(COMPUTE)
             grad = (old + grad.to(COMPUTE)).to(DTYPE)
@@ -95,7 +88,7 @@ def _sweep_kernel(
     grad_base: tl.int64,
     blocks_per_chunk: tl.int32,
     DTYPE: tl.constexpr,
-    MODE: tl.constexpr,
+    MODE: tl.constexpr,  # one of the names of fastreg.formulas.Mode
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
@@ -109,7 +102,7 @@ def _sweep_kernel(
     chunk_size = blocks_per_chunk.to(tl.int64) * BLOCK
     start = (chunk - first_chunk) * chunk_size
     count = tl.minimum(n_elements - start, chunk_size)
-    if MODE == RESCALE:
+    if MODE == "rescale":
         unit = tl.load(scale_l1_ptr).to(tl.float64) == 1.0
         unit = unit & (tl.load(scale_l2_ptr).to(tl.float64) == 1.0)
         count = tl.where(unit, 0, count)

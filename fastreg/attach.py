@@ -1,0 +1,159 @@
+"""Attaching a penalty to an optimizer: before every step its gradient, or after every step its proximal step."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype, check_strength
+
+
+class Penalised(Protocol):
+    """What an attachment applies."""
+
+    def weights_now(self) -> tuple[Sequence[str], Sequence[Tensor]]:
+        """Names and weights, as they are selected now."""
+        ...
+
+    def add_gradient_at_step(self, scale: Scale) -> None:
+        """Adds the penalty's gradient to .grad."""
+        ...
+
+    def apply_prox_at_step(self, steps: Sequence[Strength], step_groups: Sequence[int]) -> None:
+        """Shrinks weight i by `steps[step_groups[i]]`."""
+        ...
+
+
+# By optimizer, to notice two penalties on the same weights.
+_ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """A penalty that an optimizer applies at every step, until `remove()`."""
+
+    def __init__(
+        self, optimizer: Any, mode: str, penalty: Penalised, on_remove: Callable[["Attachment"], None]
+    ) -> None:
+        optimizer = _unwrapped(optimizer)
+        _check(optimizer, mode)
+        self._optimizer = weakref.ref(optimizer)
+        self._on_remove = on_remove
+        names, weights = penalty.weights_now()
+        _group_of_each(optimizer, names, weights)
+        if mode == "prox":
+            _steps(optimizer)
+        self._weight_ids = set(map(id, weights))
+        self._warn_of_others(optimizer, names, weights)
+
+        def add_gradient(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(arg is not None for arg in (*args[1:], kwargs.get("closure"))):
+                raise RuntimeError(
+                    "optimizer.step(closure) computes the gradients anew after the penalty's was added; add the "
+                    'penalty to the loss in the closure, or attach it with mode="prox"'
+                )
+            _group_of_each(optimizer, *penalty.weights_now())
+            # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
+            scale = getattr(optimizer, "grad_scale", None)
+            penalty.add_gradient_at_step(UNSCALED if scale is None else Scale(scale, scale))
+
+        def check_prox(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _group_of_each(optimizer, *penalty.weights_now())
+            _steps(optimizer)
+
+        def apply_prox(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            groups = _group_of_each(optimizer, *penalty.weights_now())
+            steps = _steps(optimizer)
+            used = list(dict.fromkeys(groups))
+            penalty.apply_prox_at_step([steps[i] for i in used], [used.index(i) for i in groups])
+
+        if mode == "grad":
+            self._hooks = [optimizer.register_step_pre_hook(add_gradient)]
+        else:
+            # What is wrong raises before the step, not half way.
+            self._hooks = [optimizer.register_step_pre_hook(check_prox), optimizer.register_step_post_hook(apply_prox)]
+        _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the optimizer still exists."""
+        return self._optimizer() is not None
+
+    def remove(self) -> None:
+        """Detaches the penalty: the optimizer steps without it from now on. Further calls do nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _ATTACHED[optimizer].discard(self)
+        self._on_remove(self)
+
+    def _warn_of_others(self, optimizer: Optimizer, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+        others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
+        shared = [name for name, w in zip(names, weights, strict=True) if id(w) in others]
+        if shared:
+            warnings.warn(
+                f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be "
+                "applied at every step; remove() one of them, or let them select different parameters",
+                stacklevel=4,
+            )
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer that makes the steps: wrappers such as Accelerate's have hooks of their own that never run."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer) and "optimizer" in vars(optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _check(optimizer: Any, mode: str) -> None:
+    if mode not in ("grad", "prox"):
+        raise ValueError(f'mode must be "grad" or "prox", got {mode!r}')
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, LBFGS):
+        raise TypeError("LBFGS evaluates its closure's loss several times a step: add the penalty to that loss")
+    if mode == "grad" and isinstance(optimizer, SparseAdam):
+        raise TypeError('SparseAdam takes sparse gradients only; attach with mode="prox", or use another optimizer')
+    if mode == "grad" and any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError(
+            'an optimizer with maximize=True would reward the penalty; attach with mode="prox", or minimize -loss'
+        )
+
+
+def _group_of_each(optimizer: Optimizer, names: Sequence[str], weights: Sequence[Tensor]) -> list[int]:
+    """The optimizer's param group of each weight.
+
+    Raises:
+        ValueError: a weight that the optimizer does not hold.
+    """
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for name, w in zip(names, weights, strict=True):
+        if id(w) not in group_of:
+            raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
+    return [group_of[id(w)] for w in weights]
+
+
+def _steps(optimizer: Optimizer) -> list[Strength]:
+    """The step size of each param group: its learning rate, or 0 where the step was skipped.
+
+    Raises:
+        ValueError: a group without a learning rate, or with one that is negative, NaN or infinite.
+    """
+    # Where a fused optimizer found infinite gradients it left the weights alone, and so does a step of size 0.
+    found_inf = getattr(optimizer, "found_inf", None)
+    steps: list[Strength] = []
+    for i, group in enumerate(optimizer.param_groups):
+        lr = group.get("lr")
+        if lr is None:
+            raise ValueError(f"param group {i} of the optimizer has no lr, by which a proximal step would shrink")
+        if isinstance(lr, Tensor):
+            # In host memory there is nothing to wait for.
+            lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
+        step = check_strength(lr, f"lr of param group {i}")
+        if found_inf is not None:
+            step = (found_inf == 0).to(accumulate_dtype(found_inf.device)) * step
+        steps.append(step)
+    return steps

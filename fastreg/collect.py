@@ -1,0 +1,161 @@
+"""From what a user passes as `params` to its tensors, each once, with their names and strength groups."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastreg.strengths import Strength, check_strength
+
+OwnStrengths = tuple[Strength | None, Strength | None]  # a group's l1 and l2; None is the call's
+
+
+class Candidate(NamedTuple):
+    """A tensor that was passed, before freezing and filters have their say."""
+
+    name: str
+    tensor: Tensor
+    group: int
+
+
+class Collected(NamedTuple):
+    """All that was passed."""
+
+    candidates: list[Candidate]
+    strengths: list[OwnStrengths]  # of each group
+    modules: list[nn.Module]  # those whose parameters are among the candidates
+
+
+def copied(params: Any) -> Any:
+    """`params` with a copy of every list, mapping and iterator in it, so that later changes of those are not seen."""
+    if isinstance(params, (nn.Module, Tensor, str)) or not isinstance(params, Iterable):
+        return params
+    if isinstance(params, Mapping):
+        return {key: copied(value) if key == "params" else value for key, value in params.items()}
+    return [copied(item) if isinstance(item, (Mapping, Iterator)) else item for item in params]
+
+
+def collect(params: Any) -> Collected:
+    """Walks `params`.
+
+    Raises:
+        ValueError: a tensor in two groups, a group without "params" or with a key that looks misspelt.
+        TypeError: anything that is not a tensor where one should be.
+    """
+    if isinstance(params, Mapping) and "params" in params:
+        params = [params]
+    if not isinstance(params, (nn.Module, Tensor, Mapping)):
+        if isinstance(params, str) or not isinstance(params, Iterable):
+            raise TypeError(
+                "params must be an nn.Module, a tensor, an iterable of tensors or of (name, tensor) pairs, or a list "
+                f"of group dicts, got {type(params).__name__}"
+            )
+        params = list(params)
+    groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
+    found = Collected([], [], [])
+    find = _finder(found.candidates)
+    for index, group in enumerate([{"params": params}] if groups is None else groups):
+        if not isinstance(group, Mapping):
+            raise TypeError(f"params mixes group dicts with {type(group).__name__}; put that into a group of its own")
+        where = "" if groups is None else f"groups[{index}]."
+        if groups is not None:
+            _check_keys(group, index)
+        l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
+        found.strengths.append((l1, l2))
+        if isinstance(group["params"], nn.Module):
+            found.modules.extend(list(group["params"].modules()))
+        for name, tensor in _named(group["params"], where):
+            known = find(tensor)
+            if known is None:
+                found.candidates.append(Candidate(name, tensor, index))
+            elif known.group != index:
+                raise ValueError(
+                    f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "
+                    "ambiguous, so leave it in one of them"
+                )
+    return found
+
+
+def _check_keys(group: Mapping[Any, Any], index: int) -> None:
+    """Refuses keys that look misspelt; the others are an optimizer's own, such as lr or betas."""
+    for key in group:
+        meant = _meant(key) if isinstance(key, str) and key not in ("params", "l1", "l2") else None
+        if meant is not None:
+            raise ValueError(f"groups[{index}] has a key {key!r}, which means nothing here; write {meant!r}")
+    if "params" not in group:
+        raise ValueError(f"groups[{index}] has no 'params' entry")
+
+
+def _meant(key: str) -> str | None:
+    """The key that `key` looks like: l1 for L1, l_1, lambda1, l1_lambda; params for parameters, param."""
+    plain = re.sub(r"[^a-z0-9]", "", key.lower())
+    strength = re.fullmatch(r"(?:l|lam|lambda|lambd|alpha|reg)([12])|l([12])[a-z]*", plain)
+    if strength:
+        return f"l{strength[1] or strength[2]}"
+    return "params" if difflib.get_close_matches(plain, ["params", "parameters"], 1, 0.8) else None
+
+
+def _finder(candidates: list[Candidate]) -> Callable[[Tensor], Candidate | None]:
+    """Finds a tensor among `candidates`, to which the caller appends it where it is not found."""
+    index_of: dict[int, int] = {}
+
+    def by_id(tensor: Tensor) -> Candidate | None:
+        index = index_of.setdefault(id(tensor), len(candidates))
+        return candidates[index] if index < len(candidates) else None
+
+    def by_comparison(tensor: Tensor) -> Candidate | None:
+        for candidate in candidates:
+            if candidate.tensor is tensor:
+                return candidate
+        return None
+
+    # A compiler would take an id for a constant, and compile again for the next tensor.
+    return by_comparison if torch.compiler.is_compiling() else by_id
+
+
+def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(params, nn.Module):
+        yield from _named_parameters(params)
+    elif isinstance(params, Tensor):
+        yield f"{where}params", params
+    else:
+        items = params.items() if isinstance(params, Mapping) else params
+        if isinstance(items, str) or not isinstance(items, Iterable):
+            raise TypeError(f"{where}params must hold tensors, got {type(items).__name__}")
+        for index, item in enumerate(items):
+            default = f"{where}params[{index}]"
+            name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (default, item)
+            if not isinstance(tensor, Tensor) or not isinstance(name, str):
+                raise TypeError(f"{default} must be a tensor or a (name, tensor) pair, got {_describe(item)}")
+            yield name, tensor
+
+
+# Names that wrappers put between those of the user's own model.
+_WRAPPERS: dict[type[nn.Module], str] = {nn.DataParallel: "module.", nn.parallel.DistributedDataParallel: "module."}
+_MARKS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and checkpoint_wrapper, wherever they stand
+
+
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`module.named_parameters()`, named as in the user's own model."""
+    wrapped = [
+        f"{name}.{_WRAPPERS[type(each)]}".lstrip(".")
+        for name, each in module.named_modules()
+        if type(each) in _WRAPPERS
+    ]
+    for name, parameter in module.named_parameters():
+        # The inner ones first, so that the prefixes of the outer ones still fit.
+        for prefix in reversed(wrapped):
+            if name.startswith(prefix):
+                name = prefix.removesuffix("module.") + name.removeprefix(prefix)
+        for mark in _MARKS:
+            name = name.replace(mark, "")
+        yield name, parameter
+
+
+def _describe(item: object) -> str:
+    if isinstance(item, (tuple, list)):
+        return f"{type(item).__name__} of {', '.join(type(part).__name__ for part in item)}"
+    return type(item).__name__

@@ -1,0 +1,114 @@
+"""`include` and `exclude`: regular expressions, predicates and module classes."""
+
+import difflib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastreg.collect import Candidate
+
+Predicate: TypeAlias = Callable[[str, Tensor], bool]
+Modules: TypeAlias = Sequence[nn.Module]
+Filter: TypeAlias = str | re.Pattern[str] | Predicate | type[nn.Module] | tuple[type[nn.Module], ...] | None
+
+
+def bias_and_norm(name: str, param: Tensor) -> bool:
+    """True for biases and the weights of normalisation layers: parameters with fewer than two dimensions.
+
+    Meant for `exclude=`; weights of that shape are usually not regularised.
+    """
+    return param.ndim < 2
+
+
+def filtered(
+    candidates: Sequence[Candidate], trainable: list[bool], include: Filter, exclude: Filter, modules: Modules
+) -> list[Candidate]:
+    """The trainable candidates that `include` matches and `exclude` does not.
+
+    Raises:
+        ValueError: `include` matches nothing, a regular expression that is none, nothing left.
+        TypeError: a filter of another kind.
+
+    Warns:
+        UserWarning: `exclude` matches nothing.
+    """
+    included = [alive and match for alive, match in zip(trainable, _matches(include, True, candidates, modules))]
+    if include is not None and not any(included):
+        raise ValueError(f"nothing selected: {_nothing_matched('include', include, candidates, trainable)}")
+    excluded = _matches(exclude, False, candidates, modules)
+    if exclude is not None and not any(excluded):
+        # A rule that holds for every model may find nothing in this one; a name or a class that does is a mistake.
+        if exclude is not bias_and_norm and not torch.compiler.is_compiling():
+            warnings.warn(_nothing_matched("exclude", exclude, candidates, trainable), stacklevel=2)
+    chosen = [c for c, inside, outside in zip(candidates, included, excluded) if inside and not outside]
+    if not chosen:
+        raise ValueError(
+            f"nothing selected: include and exclude leave none of {sum(trainable)} trainable parameters, such as "
+            f"{candidates[trainable.index(True)].name!r}"
+        )
+    return chosen
+
+
+def _matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], modules: Modules) -> list[bool]:
+    if pattern is None:
+        return [is_include] * len(candidates)
+    predicate = _predicate(pattern, "include" if is_include else "exclude", modules)
+    return [bool(predicate(c.name, c.tensor)) for c in candidates]
+
+
+def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
+    classes = pattern if isinstance(pattern, tuple) else (pattern,)
+    if classes and all(isinstance(c, type) and issubclass(c, nn.Module) for c in classes):
+        owned = [p for m in modules if isinstance(m, classes) for p in m._parameters.values() if p is not None]
+        if torch.compiler.is_compiling():
+            # A compiler would take an id for a constant.
+            return lambda name, param: any(param is p for p in owned)
+        ids = set(map(id, owned))
+        return lambda name, param: id(param) in ids
+    if isinstance(pattern, nn.Module) or not (isinstance(pattern, (str, re.Pattern)) or callable(pattern)):
+        raise TypeError(
+            f"{which} must be a regular expression, a callable (name, param) -> bool, or a module class or tuple of "
+            f"them, got {type(pattern).__name__}"
+        )
+    if callable(pattern):
+        _check_signature(pattern, which)
+        return pattern
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise ValueError(f"{which} is not a valid regular expression: {pattern!r}: {error}") from error
+    return lambda name, param: search(name) is not None
+
+
+def _check_signature(predicate: Callable[..., Any], which: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    try:
+        signature = inspect.signature(predicate)
+    except ValueError:  # of some functions written in C nothing is known
+        return
+    try:
+        signature.bind("", None)
+    except TypeError as error:
+        raise TypeError(f"{which} is called with two arguments, (name, param), which it does not take") from error
+
+
+def _nothing_matched(which: str, pattern: Any, candidates: Sequence[Candidate], trainable: list[bool]) -> str:
+    """What is wrong, with the names that come nearest to a regular expression."""
+    names = [c.name for c, alive in zip(candidates, trainable) if alive]
+    if isinstance(pattern, (str, re.Pattern)):
+        shown = repr(pattern if isinstance(pattern, str) else pattern.pattern)
+        # A regular expression may stand for a part of a name, and often does.
+        name_of = {part: name for name in reversed(names) for part in (name, *name.split("."))}
+        near = difflib.get_close_matches(shown.strip("'"), name_of, 3, 0.5)
+        examples = list(dict.fromkeys(name_of[part] for part in near))
+        hint = f"did you mean {' or '.join(map(repr, examples))}?" if near else f"its names are like {names[0]!r}"
+    else:
+        shown = getattr(pattern, "__name__", None) or repr(pattern)
+        hint = f"their names are like {names[0]!r}"
+    return f"{which}={shown} matches none of {len(names)} trainable parameters; {hint}"

@@ -1,0 +1,145 @@
+"""What was learnt of a list of weights, and whether it still holds: the one cache.
+
+A layout holds addresses and sizes, never tensors, so that caching it keeps no model alive. A model has hundreds of
+tensors, and a GPU waits for whatever Python asks of each. So each is asked twice: for its address, and in C++, by the
+guards that torch.compile uses for its graphs, for everything else.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastreg.formulas import value_dtype
+
+T = TypeVar("T")
+
+MOST_KEYS = 64
+# For each key: guards differ under autocast and in inference mode, and one list of weights may be grouped in two ways.
+MOST_PER_KEY = 4
+
+
+def _tensor_guards() -> Any:
+    """torch's TensorGuards, or None where this PyTorch has none that works as expected here."""
+    some: Any = torch.empty(0, device="cpu")
+    try:
+        found: Any = torch._C._dynamo.guards.TensorGuards
+        works = found(some, dynamic_dims_sizes=None, dynamic_dims_strides=None).check(some)
+    except (AttributeError, TypeError):
+        return None
+    return found if works else None
+
+
+_TENSOR_GUARDS = _tensor_guards()
+
+
+class Snapshot:
+    """Kind, dtype, device, shape, strides and requires_grad of a list of tensors, none of which it keeps alive."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._guards: Any = None
+        if _TENSOR_GUARDS is not None:
+            self._guards = _TENSOR_GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        else:
+            self._facts = list(map(_facts, tensors))
+
+    def matches(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether all of these are the same for `tensors`, as many as there were."""
+        if self._guards is not None:
+            return bool(self._guards.check(*tensors))
+        return list(map(_facts, tensors)) == self._facts
+
+
+def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
+    if tensor is None or tensor.layout != torch.strided:
+        return (tensor is None,)
+    kind = type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_inference()
+    return *kind, torch.is_inference_mode_enabled(), tensor.shape, tensor.stride(), tensor.requires_grad
+
+
+class Part:
+    """The weights of one dtype on one device; `positions` are their places in the caller's list."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.positions: list[int] = []
+        self.addresses: list[int] = []
+        self.numels: list[int] = []
+        self.groups: list[int] = []
+        self._prepared: dict[Hashable, Any] = {}
+
+    def prepared(self, make: Callable[["Part"], T]) -> T:
+        """`make(self)`, made once: what a backend needs beyond the layout, and keeps with it."""
+        found = self._prepared.get(make)
+        if found is None:
+            found = self._prepared.setdefault(make, make(self))  # of two threads, both take the first
+        return found  # type: ignore[no-any-return]
+
+
+class Layout:
+    """Where the elements of dense weights lie: parts by device, in the order of the devices' first weights."""
+
+    def __init__(self, weights: Sequence[Tensor], groups: Sequence[int]) -> None:
+        self.addresses = _addresses(weights)
+        self.value_dtype = value_dtype([w.dtype for w in weights])
+        self._groups = list(groups)
+        self._weights = Snapshot(weights)
+        self._grads: Snapshot | None = None
+        by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
+        for position, (weight, address, group) in enumerate(zip(weights, self.addresses, groups, strict=True)):
+            parts = by_device.setdefault(weight.device, {})
+            part = parts.get(weight.dtype) or parts.setdefault(weight.dtype, Part(weight.dtype, weight.device))
+            part.positions.append(position)
+            part.addresses.append(address)
+            part.numels.append(weight.numel())
+            part.groups.append(group)
+        self.parts = {device: list(parts.values()) for device, parts in by_device.items()}
+
+    def matches(self, weights: Sequence[Tensor], addresses: list[int], groups: Sequence[int]) -> bool:
+        """Whether this is the layout of `weights`, which lie at `addresses`."""
+        return self.addresses == addresses and self._groups == list(groups) and self._weights.matches(weights)
+
+    def accepts(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
+        return self._grads is not None and self._grads.matches(grads)
+
+    def store_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Stores the gradients' shapes, strides and kinds, to compare with at the next call."""
+        self._grads = Snapshot(grads)
+
+
+_LAYOUTS: dict[tuple[int, int], tuple[Layout, ...]] = {}
+_STORING = threading.Lock()
+
+
+def find_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout | None:
+    """The cached layout, or None if an address, shape, stride, dtype, device, kind or group changed."""
+    addresses = _addresses(weights)
+    for layout in _LAYOUTS.get((addresses[0], len(addresses)), ()):
+        if layout.matches(weights, addresses, groups):
+            return layout
+    return None
+
+
+def store_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout:
+    """The layout of dense `weights`, cached for the next call."""
+    layout = Layout(weights, groups)
+    key = layout.addresses[0], len(layout.addresses)
+    with _STORING:
+        while len(_LAYOUTS) >= MOST_KEYS and key not in _LAYOUTS:
+            del _LAYOUTS[next(iter(_LAYOUTS))]
+        _LAYOUTS[key] = (layout, *_LAYOUTS.get(key, ()))[:MOST_PER_KEY]
+    return layout
+
+
+def forget_layouts() -> None:
+    """Empties the cache."""
+    with _STORING:
+        _LAYOUTS.clear()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))

@@ -1,0 +1,138 @@
+"""A sweep over weights in this process's memory: their layout, copies where memory has gaps, and Triton or PyTorch."""
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastreg.blocks import block_sweep
+from fastreg.formulas import Measure, Mode, measure
+from fastreg.kinds import check_kinds
+from fastreg.layout import Layout, find_layout, store_layout
+from fastreg.strengths import UNSCALED, Scale
+from fastreg.work import Work
+
+
+def local_sweep(
+    work: Work,
+    mode: Mode,
+    *,
+    scale: Scale = UNSCALED,
+    grads: Sequence[Tensor] | None = None,
+    with_value: bool = True,
+    layout: Layout | None = None,
+) -> Measure | None:
+    """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
+
+    Args:
+        mode: what to do besides reading; the gradient modes write or update `grads`.
+        scale: factors on the strengths, read on the device.
+        grads: one tensor of the weight's shape, dtype and device for each weight.
+        layout: that of the weights, where the caller has found it and it accepts `grads`.
+
+    Returns:
+        The value, if asked for: in PROX that of the weights before the step.
+
+    Raises:
+        TypeError: a weight that changed its kind since it was selected.
+        RuntimeError: impl="triton" where it cannot run.
+    """
+    weights, staged = work.weights, grads
+    if layout is None:
+        layout = find_layout(weights, work.groups)
+        if layout is None:
+            check_kinds(work.names, weights)
+            weights = [as_dense(w) for w in weights]
+            layout = find_layout(weights, work.groups) or store_layout(weights, work.groups)
+        if grads is not None and not layout.accepts(grads):
+            staged = [_stage(g, w, mode) for g, w in zip(grads, weights, strict=True)]
+            if all(map(operator.is_, staged, grads)):
+                layout.store_gradients(grads)
+    # All decided before the first write, so that an error leaves everything as it was.
+    backends = [backend_for(device, work.impl) for device in layout.parts]
+    dtype = layout.value_dtype if with_value else None
+    measures: list[Measure | None] = []
+    # Tensor subclasses that merely mark their tensors would mark the value too.
+    with torch._C.DisableTorchFunctionSubclass():
+        for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
+            strengths = work.strengths.on(device), scale.on(device)
+            measures.append(backend(parts, mode, weights, staged, *strengths, work.n_groups, dtype))
+    if weights is not work.weights and mode is Mode.PROX:
+        _copy_back(weights, work.weights)
+    if staged is not None and grads is not None and staged is not grads:
+        _copy_back(staged, grads)
+    if dtype is None or len(measures) == 1:
+        return measures[0]
+    # From the float64 sums of all devices, so that nothing is rounded twice.
+    first = next(iter(layout.parts))
+    sums = torch.stack([m.sums.to(first) for m in measures if m is not None]).sum(0)
+    return measure(sums, work.strengths.on(first), dtype)
+
+
+def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure | None]:
+    """`kernel_sweep` or `block_sweep`: the one place that decides between Triton and PyTorch.
+
+    Raises:
+        RuntimeError: "triton" asked for where it is missing or cannot run.
+    """
+    if impl == "torch" or (impl is None and device.type != "cuda"):
+        return block_sweep
+    try:
+        from fastreg import kernels
+    except ImportError as error:
+        if impl is None:
+            return block_sweep
+        raise RuntimeError(
+            'impl="triton" needs Triton, which is not installed; install it, or leave impl out'
+        ) from error
+    if device.type != "cuda" and not (device.type == "cpu" and kernels.INTERPRETED):
+        raise RuntimeError(
+            f'impl="triton" cannot run on {device.type} tensors; leave impl out, move the weights to a GPU, or set '
+            "TRITON_INTERPRET=1 before fastreg is first used"
+        )
+    return kernels.kernel_sweep
+
+
+def uses_triton(device: torch.device, impl: str | None) -> bool:
+    """Whether `backend_for` decides for Triton; raises as it does."""
+    return backend_for(device, impl) is not block_sweep
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_dense(tensor: Tensor) -> Tensor:
+    """`tensor` itself where its memory is dense and holds its values, else a copy of which that is true."""
+    if _is_lazy(tensor):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether the values are not those in memory: negated by a bit, or zeros that were never written."""
+    return tensor.is_neg() or tensor._is_zerotensor()  # type: ignore[attr-defined]
+
+
+def _stage(grad: Tensor, weight: Tensor, mode: Mode) -> Tensor:
+    """`grad` itself where it has the memory order of the dense `weight`, else a copy that has."""
+    same_order = grad.stride() == weight.stride() or (grad.is_contiguous() and weight.is_contiguous())
+    if grad.numel() == 0 or (same_order and not _is_lazy(grad)):
+        return grad
+    staged = torch.empty_like(weight)
+    return staged.copy_(grad) if mode in (Mode.ACCUMULATE, Mode.RESCALE) else staged
+
+
+def _copy_back(staged: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(staged, targets, strict=True):
+        if source is not target:
+            target.copy_(source)

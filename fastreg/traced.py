@@ -1,0 +1,217 @@
+"""The sweep where a compiler or a transform has to see through it: expressions, or one opaque operator per sweep.
+
+On the PyTorch path and under torch.func a traced sweep is the expressions of `formulas.py`. For a compiler the Triton
+kernels are hidden in custom operators, whose schemas declare what they change. They know nothing of weighted terms:
+those are expressions of the operators' sums, through which the strengths get their gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from fastreg import formulas
+from fastreg.dtensor import any_dtensor, hides_dtensor
+from fastreg.formulas import Measure, Mode, value_dtype
+from fastreg.kinds import check_kinds
+from fastreg.local import local_sweep, uses_triton
+from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
+from fastreg.work import Work
+
+# mode="reduce-overhead" would let tables that outlive a call be allocated in memory that it takes back. Graphs that are
+# captured by hand do not.
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# Asked once, while tracing; torch.compiler.assume_constant_result would say so too, but imports the compiler.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a transform has to see what is computed now."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def traced_sweep(
+    work: Work,
+    mode: Mode,
+    *,
+    scale: Scale = UNSCALED,
+    grads: Sequence[Tensor] | None = None,
+    with_value: bool = True,
+) -> Measure | None:
+    """`local_sweep` in VALUE, ACCUMULATE and PROX, in terms of operators that compilers and transforms see through.
+
+    Raises:
+        RuntimeError: DTensor weights, whose sums over ranks are not among these operators.
+    """
+    weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
+    if any_dtensor(weights) or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
+        raise RuntimeError(
+            "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
+        )
+    check_kinds(work.names, weights)
+    if is_transformed() or not any(uses_triton(w.device, work.impl) for w in weights):
+        sums = formulas.group_sums(weights, groups, n_groups) if with_value else None
+        formulas.update(mode, weights, grads, groups, work.strengths, scale)
+    elif mode is Mode.VALUE:
+        sums = group_sums(weights, groups, n_groups, work.impl)
+    else:
+        l1, l2 = _scaled(work, scale)
+        if mode is Mode.PROX:
+            sums = prox_(weights, groups, l1, l2, with_value, work.impl)
+        else:
+            sums = add_gradient_(list(grads or ()), weights, groups, l1, l2, with_value, work.impl)
+    if sums is None or not with_value:
+        return None
+    return formulas.measure(sums, work.strengths, value_dtype([w.dtype for w in weights]))
+
+
+def _scaled(work: Work, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Both strengths with their scale, as float64 [n_groups]."""
+    device = work.weights[0].device
+    pairs = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
+    l1, l2 = (torch.stack([_float64(s, device) for s in column]) for column in zip(*pairs, strict=True))
+    return l1, l2
+
+
+def _float64(strength: Strength, device: torch.device) -> Tensor:
+    if isinstance(strength, Tensor):
+        return strength.to(device, torch.float64)
+    # full() also takes a float that a compiler holds as a symbol.
+    return torch.full((), strength, dtype=torch.float64, device=device)
+
+
+def _work(
+    weights: list[Tensor], groups: list[int], n_groups: int, l1: Strength, l2: Strength, impl: str | None
+) -> Work:
+    names = [f"weights[{i}]" for i in range(len(weights))]
+    return Work(names, weights, groups, n_groups, Strengths(l1, l2), impl)
+
+
+def _sums(found: Measure | None, like: Tensor) -> Tensor:
+    return like.new_empty((0, 2), dtype=torch.float64) if found is None else found.sums
+
+
+@library.custom_op(
+    "fastreg::group_sums",
+    mutates_args=(),
+    tags=_TAGS,
+    schema="(Tensor[] weights, int[] groups, int n_groups, str? impl) -> Tensor",
+)
+def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
+    """Sums of |w| and w² of each strength group, float64 [n_groups, 2]; differentiable, twice."""
+    return _sums(local_sweep(_work(weights, groups, n_groups, 1.0, 1.0, impl), Mode.VALUE), weights[0])
+
+
+@library.custom_op(
+    "fastreg::gradients",
+    mutates_args=(),
+    tags=_TAGS,
+    schema="(Tensor[] weights, int[] groups, Tensor l1, Tensor l2, str? impl) -> Tensor[]",
+)
+def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
+    """l1 * sign(w) + 2 * l2 * w of each weight, for strengths [n_groups]; differentiable."""
+    grads = [torch.empty_like(w) for w in weights]
+    local_sweep(_work(weights, groups, l1.numel(), l1, l2, impl), Mode.GRADIENT, grads=grads, with_value=False)
+    return grads
+
+
+@library.custom_op(
+    "fastreg::add_gradient_",
+    mutates_args=("grads",),
+    tags=_TAGS,
+    schema="(Tensor(a!)[] grads, Tensor[] weights, int[] groups, Tensor l1, Tensor l2, bool with_value, str? impl)"
+    " -> Tensor",
+)
+def add_gradient_(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    groups: list[int],
+    l1: Tensor,
+    l2: Tensor,
+    with_value: bool,
+    impl: str | None,
+) -> Tensor:
+    """Adds `gradients` to `grads`; returns the sums of `group_sums`, or an empty tensor where not `with_value`."""
+    work = _work(weights, groups, l1.numel(), l1, l2, impl)
+    return _sums(local_sweep(work, Mode.ACCUMULATE, grads=grads, with_value=with_value), l1)
+
+
+@library.custom_op(
+    "fastreg::prox_",
+    mutates_args=("weights",),
+    tags=_TAGS,
+    schema="(Tensor(a!)[] weights, int[] groups, Tensor l1, Tensor l2, bool with_value, str? impl) -> Tensor",
+)
+def prox_(
+    weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: str | None
+) -> Tensor:
+    """Shrinks `weights` by strengths that carry the step; returns the sums before it, as `add_gradient_` does."""
+    work = _work(weights, groups, l1.numel(), l1, l2, impl)
+    return _sums(local_sweep(work, Mode.PROX, with_value=with_value), l1)
+
+
+@group_sums.register_fake
+def _(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
+    return weights[0].new_empty((n_groups, 2), dtype=torch.float64)
+
+
+@gradients.register_fake
+def _(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+@add_gradient_.register_fake
+def _(
+    grads: list[Tensor], weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: Any
+) -> Tensor:
+    return l1.new_empty((l1.numel(), 2) if with_value else (0, 2), dtype=torch.float64)
+
+
+@prox_.register_fake
+def _(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: Any) -> Tensor:
+    return l1.new_empty((l1.numel(), 2) if with_value else (0, 2), dtype=torch.float64)
+
+
+def _save_for_sums(ctx: Any, inputs: Any, output: Tensor) -> None:
+    weights, ctx.groups, _, ctx.impl = inputs
+    ctx.save_for_backward(*weights)
+
+
+def _sums_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    l1, l2 = upstream.unbind(1)
+    return gradients(list(ctx.saved_tensors), ctx.groups, l1.contiguous(), l2.contiguous(), ctx.impl), None, None, None
+
+
+group_sums.register_autograd(_sums_backward, setup_context=_save_for_sums)
+
+
+def _save_for_gradients(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
+    weights, ctx.groups, l1, l2, _ = inputs
+    ctx.save_for_backward(l1, l2, *weights)
+
+
+def _gradients_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+    l1, l2, *weights = ctx.saved_tensors
+    zero = torch.zeros((), dtype=torch.float64, device=l1.device)
+    sums = [[zero, zero] for _ in range(l1.numel())]
+    grads: list[Tensor | None] = []
+    for w, group, factor in zip(weights, ctx.groups, upstream, strict=True):
+        if factor is None:
+            grads.append(None)
+            continue
+        of_w, of_l1, of_l2 = formulas.gradient_derivatives(w, l2[group], factor)
+        grads.append(of_w)
+        sums[group] = [sums[group][0] + of_l1, sums[group][1] + of_l2]
+    l1_grad, l2_grad = (torch.stack(column).to(l1.dtype) for column in zip(*sums, strict=True))
+    return grads, None, l1_grad, l2_grad, None
+
+
+gradients.register_autograd(_gradients_backward, setup_context=_save_for_gradients)

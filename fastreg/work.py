@@ -1,0 +1,21 @@
+"""`Work`: what a sweep works on, the one value that every layer hands down."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastreg.strengths import Strengths
+
+
+class Work(NamedTuple):
+    """Selected weights with their strengths; `names`, `weights` and `groups` have one entry per weight."""
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    groups: Sequence[int]  # the strength group of each weight
+    n_groups: int
+    strengths: Strengths
+    impl: str | None  # "triton", "torch", or None for the best there is
+    all_reduce: bool = True  # whether the value of sharded weights is to be that of all ranks
+    is_attached: bool = False  # whether an optimizer applies the same penalty at its steps
