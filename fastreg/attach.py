@@ -2,78 +2,84 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from fastreg.formulas import Penalty
+from fastreg.inplace import add_gradient, apply_prox
 from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype, check_strength
-
-
-class Penalised(Protocol):
-    """What an attachment applies."""
-
-    def weights_now(self) -> tuple[Sequence[str], Sequence[Tensor]]:
-        """Names and weights, as they are selected now."""
-        ...
-
-    def add_gradient_at_step(self, scale: Scale) -> None:
-        """Adds the penalty's gradient to .grad."""
-        ...
-
-    def apply_prox_at_step(self, steps: Sequence[Strength], step_groups: Sequence[int]) -> None:
-        """Shrinks weight i by `steps[step_groups[i]]`."""
-        ...
-
+from fastreg.work import Work
 
 # By optimizer, to notice two penalties on the same weights.
 _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
 
 
 class Attachment:
-    """A penalty that an optimizer applies at every step, until `remove()`."""
+    """A penalty that an optimizer applies at every step, until `remove()`.
+
+    Args:
+        optimizer: whose steps to hook.
+        mode: "grad" adds the gradient before a step, "prox" shrinks the weights after it.
+        current: the work as it is now.
+        publish: called with the penalty at each step.
+        on_remove: called with this by `remove()`.
+    """
 
     def __init__(
-        self, optimizer: Any, mode: str, penalty: Penalised, on_remove: Callable[["Attachment"], None]
+        self,
+        optimizer: Any,
+        mode: str,
+        current: Callable[[], Work],
+        publish: Callable[[Penalty], None],
+        on_remove: Callable[["Attachment"], None],
     ) -> None:
         optimizer = _unwrapped(optimizer)
         _check(optimizer, mode)
-        self._optimizer = weakref.ref(optimizer)
-        self._on_remove = on_remove
-        names, weights = penalty.weights_now()
-        _group_of_each(optimizer, names, weights)
+        self._optimizer, self._on_remove = weakref.ref(optimizer), on_remove
+        work = current()
+        _group_of_each(optimizer, work)
         if mode == "prox":
             _steps(optimizer)
-        self._weight_ids = set(map(id, weights))
-        self._warn_of_others(optimizer, names, weights)
+        self._weight_ids = set(map(id, work.weights))
+        _warn_of_others(optimizer, work)
 
-        def add_gradient(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def add(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if any(arg is not None for arg in (*args[1:], kwargs.get("closure"))):
                 raise RuntimeError(
                     "optimizer.step(closure) computes the gradients anew after the penalty's was added; add the "
                     'penalty to the loss in the closure, or attach it with mode="prox"'
                 )
-            _group_of_each(optimizer, *penalty.weights_now())
+            work = current()
+            _group_of_each(optimizer, work)
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
             scale = getattr(optimizer, "grad_scale", None)
-            penalty.add_gradient_at_step(UNSCALED if scale is None else Scale(scale, scale))
+            with torch.no_grad():
+                found = add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale))
+            if found is not None:
+                publish(found.penalty)
 
-        def check_prox(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _group_of_each(optimizer, *penalty.weights_now())
+        def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _group_of_each(optimizer, current())
             _steps(optimizer)
 
-        def apply_prox(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            groups = _group_of_each(optimizer, *penalty.weights_now())
-            steps = _steps(optimizer)
+        def shrink(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            work, steps = current(), _steps(optimizer)
+            groups = _group_of_each(optimizer, work)
             used = list(dict.fromkeys(groups))
-            penalty.apply_prox_at_step([steps[i] for i in used], [used.index(i) for i in groups])
+            with torch.no_grad():
+                found = apply_prox(work, [steps[i] for i in used], [used.index(i) for i in groups], with_value=True)
+            if found is not None:
+                publish(found.penalty)
 
         if mode == "grad":
-            self._hooks = [optimizer.register_step_pre_hook(add_gradient)]
+            self._hooks = [optimizer.register_step_pre_hook(add)]
         else:
             # What is wrong raises before the step, not half way.
-            self._hooks = [optimizer.register_step_pre_hook(check_prox), optimizer.register_step_post_hook(apply_prox)]
+            self._hooks = [optimizer.register_step_pre_hook(check), optimizer.register_step_post_hook(shrink)]
         _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     @property
@@ -90,15 +96,16 @@ class Attachment:
             _ATTACHED[optimizer].discard(self)
         self._on_remove(self)
 
-    def _warn_of_others(self, optimizer: Optimizer, names: Sequence[str], weights: Sequence[Tensor]) -> None:
-        others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
-        shared = [name for name, w in zip(names, weights, strict=True) if id(w) in others]
-        if shared:
-            warnings.warn(
-                f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be "
-                "applied at every step; remove() one of them, or let them select different parameters",
-                stacklevel=4,
-            )
+
+def _warn_of_others(optimizer: Optimizer, work: Work) -> None:
+    others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
+    shared = [name for name, w in zip(work.names, work.weights, strict=True) if id(w) in others]
+    if shared:
+        warnings.warn(
+            f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be applied "
+            "at every step; remove() one of them, or let them select different parameters",
+            stacklevel=4,
+        )
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -123,17 +130,17 @@ def _check(optimizer: Any, mode: str) -> None:
         )
 
 
-def _group_of_each(optimizer: Optimizer, names: Sequence[str], weights: Sequence[Tensor]) -> list[int]:
+def _group_of_each(optimizer: Optimizer, work: Work) -> list[int]:
     """The optimizer's param group of each weight.
 
     Raises:
         ValueError: a weight that the optimizer does not hold.
     """
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    for name, w in zip(names, weights, strict=True):
+    for name, w in zip(work.names, work.weights, strict=True):
         if id(w) not in group_of:
             raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
-    return [group_of[id(w)] for w in weights]
+    return [group_of[id(w)] for w in work.weights]
 
 
 def _steps(optimizer: Optimizer) -> list[Strength]:

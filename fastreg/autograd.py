@@ -6,32 +6,41 @@ gradient, value and gradient are formed in one pass and returned like any other.
 in which .grad receives them and the data's gradient may differ.
 """
 
+import itertools
+import operator
 import warnings
-from collections.abc import Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastreg import formulas
-from fastreg.changes import WeightState
-from fastreg.direct import must_return_gradient, positions_to_write, run_after_backward
-from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local_parts
-from fastreg.formulas import Mode, Penalty
+from fastreg.direct import apply, must_return_gradient, positions_to_write, run_after_backward
+from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local, local_parts
+from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.inplace import add_gradient
 from fastreg.local import is_dense
 from fastreg.strengths import Scale, Strength, Strengths
-from fastreg.sweep import sweep
-from fastreg.traced import is_traced
+from fastreg.sweep import sweep_for
+from fastreg.traced import traced_sweep
 from fastreg.work import Work
+
+Sweep: TypeAlias = Callable[..., Measure | None]
+
+_N_OTHERS = 5  # inputs of the Function before the weights, the last two of them the strengths
+_IS_LEAF, _REQUIRES_GRAD = operator.attrgetter("is_leaf"), operator.attrgetter("requires_grad")
+_VERSION, _SHAPE = operator.attrgetter("_version"), operator.attrgetter("shape")
 
 
 def penalty_of(work: Work, return_terms: bool) -> Tensor | Penalty:
     """The penalty, differentiable in weights and strengths where grad mode is on: the total, or all terms."""
-    if torch.is_grad_enabled() and not is_traced():
-        found = ElasticPenaltyFunction.apply(work, return_terms, *work.strengths, *work.weights)
+    run = sweep_for(work)
+    if torch.is_grad_enabled() and run is not traced_sweep:
+        found = apply(ElasticPenaltyFunction, work, return_terms, run, *work.strengths, *work.weights)
         return Penalty(*found) if return_terms else found[0]
-    measured = sweep(work, Mode.VALUE)
+    measured = run(work, Mode.VALUE)
     assert measured is not None
     return measured.penalty if return_terms else measured.penalty.total
 
@@ -41,55 +50,94 @@ class ElasticPenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, work: Work, return_terms: bool, l1: Strength, l2: Strength, *weights: Tensor
+        ctx: Any, work: Work, return_terms: bool, run: Sweep, l1: Strength, l2: Strength, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.floats = [None if isinstance(s, Tensor) else s for s in (l1, l2)]
         # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
-        # to wherever activations go. Nothing else may keep weights that were computed for one step.
-        ctx.leaves = [w if w.is_leaf else None for w in weights]
-        ctx.work = work._replace(weights=(), strengths=Strengths(1.0, 1.0))
-        ctx.state = WeightState(ctx.leaves)
-        ctx.gradients = None
-        mode = Mode.VALUE
-        if any(ctx.needs_input_grad[4:]) and must_return_gradient(weights):
-            mode = Mode.GRADIENT
-            ctx.gradients = _empty_gradients(weights)
-        found = sweep(work, mode, grads=ctx.gradients)
+        # to wherever activations go. Nothing else may keep tensors that were computed for one step.
+        ctx.is_leaf = list(map(_IS_LEAF, weights))
+        saved = [s for s in (l1, l2) if isinstance(s, Tensor)]
+        leaves: Sequence[Tensor] = weights
+        if not all(ctx.is_leaf):
+            leaves = list(itertools.compress(weights, ctx.is_leaf))
+            saved += [w for w in weights if not w.is_leaf]
+        ctx.leaves = leaves
+        ctx.work = (
+            work if len(saved) == 0 else work._replace(weights=(), strengths=Strengths(*map(_if_float, (l1, l2))))
+        )
+        ctx.state = WeightState(leaves, work.is_sharded)
+        mode, ctx.gradients = Mode.VALUE, None
+        if any(ctx.needs_input_grad[_N_OTHERS:]) and must_return_gradient(weights, work.is_sharded):
+            mode, ctx.gradients = Mode.GRADIENT, _empty_gradients(weights)
+        found = run(work, mode, grads=ctx.gradients)
         assert found is not None
         # Saving something is also what makes a second backward through a freed graph fail as it should.
-        saved = [s for s in (l1, l2) if isinstance(s, Tensor)] + [w for w in weights if not w.is_leaf]
         ctx.save_for_backward(found.sums, *saved)
         return found.penalty if return_terms else (found.penalty.total,)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         sums, *saved = ctx.saved_tensors
-        strengths = Strengths(*(saved.pop(0) if value is None else value for value in ctx.floats))
-        weights = [saved.pop(0) if leaf is None else leaf for leaf in ctx.leaves]
-        work: Work = ctx.work._replace(weights=weights, strengths=strengths)
-        scale = _scale(*upstream)
+        work: Work = ctx.work
+        if saved:
+            strengths = Strengths(*[saved.pop(0) if value is None else value for value in work.strengths])
+            leaves, others = iter(ctx.leaves), iter(saved)
+            weights = [next(leaves if is_leaf else others) for is_leaf in ctx.is_leaf]
+            work = work._replace(weights=weights, strengths=strengths)
         ctx.state.check(ctx.leaves)
-        none = [None] * len(weights)
-        if all(grad is None for grad in upstream):
-            return None, None, None, None, *none
+        others_none: list[Tensor | None] = [None] * _N_OTHERS
+        none = [*others_none, *[None] * len(work.weights)]
+        scale = _scale(upstream)
+        if scale is None:
+            return (*none,)
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, work, sums, scale)
-        strength_grads: list[Tensor | None] = [None, None]
-        for i, s in enumerate(strengths):
-            if ctx.needs_input_grad[2 + i] and isinstance(s, Tensor):
+            return (*others_none[2:], *_differentiable_backward(ctx, work, sums, scale))
+        for i, s in enumerate(work.strengths):
+            if ctx.needs_input_grad[_N_OTHERS - 2 + i] and isinstance(s, Tensor):
                 derivative = scale[i] * sums[:, i]
-                strength_grads[i] = (derivative if s.ndim else derivative.sum()).to(s)
-        if not any(ctx.needs_input_grad[4:]):
-            return None, None, *strength_grads, *none
+                none[_N_OTHERS - 2 + i] = (derivative if s.ndim else derivative.sum()).to(s)
+        if not any(ctx.needs_input_grad[_N_OTHERS:]):
+            return (*none,)
         if work.is_attached:
             _warn_of_two_penalties()
-        targets = None if ctx.gradients is not None else positions_to_write(ctx, weights)
+        targets = None if ctx.gradients is not None else positions_to_write(ctx, work.weights, work.is_sharded)
         if targets is None:
-            return None, None, *strength_grads, *_gradients(ctx, work, scale)
+            return (*none[:_N_OTHERS], *_gradients(ctx, work, scale))
         if targets:
-            _write_after_backward(_subset(work, targets), scale)
-        return None, None, *strength_grads, *none
+            _write_after_backward(ctx, work, targets, scale)
+        return (*none,)
+
+
+class WeightState:
+    """Where each weight lies, its shape, and how often it was changed in place.
+
+    The shard of a DTensor counts by itself. FSDP2 may give a weight another shard, which says nothing.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], is_sharded: bool) -> None:
+        self._facts = _facts(weights)
+        shards = [(i, local(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
+        self._shards = [(i, weakref.ref(shard), _facts([shard])) for i, shard in shards]
+
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Raises RuntimeError where one of the same weights was changed since, in place or by assigning `.data`."""
+        changed = _facts(weights) != self._facts
+        for i, shard, facts in self._shards:
+            now = local(weights[i])
+            changed |= shard() is now and _facts([now]) != facts
+        if changed:
+            raise RuntimeError(
+                "one of the weights needed for the gradient of the elastic penalty was modified by an in-place "
+                "operation, or given other .data, between forward and backward; call backward before optimizer.step(), "
+                "or compute the penalty again"
+            )
+
+
+def _facts(weights: Sequence[Tensor]) -> list[object]:
+    try:
+        return [*map(_VERSION, weights), *map(Tensor.data_ptr, weights), *map(_SHAPE, weights)]
+    except RuntimeError:  # an inference tensor, a DTensor
+        return [(0 if w.is_inference() else w._version, 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]
 
 
 def _warn_of_two_penalties() -> None:
@@ -100,26 +148,36 @@ def _warn_of_two_penalties() -> None:
     )
 
 
-def _write_after_backward(work: Work, scale: Scale) -> None:
-    """Adds the weights' gradients to .grad once the running backward pass has finished."""
-    state = WeightState(work.weights)
-    # By then an optimizer of the strengths may have stepped in a hook.
-    strengths = Strengths(*(s.clone() if isinstance(s, Tensor) else s for s in work.strengths))
+def _write_after_backward(ctx: Any, work: Work, targets: Sequence[int], scale: Scale) -> None:
+    """Adds the gradients of the weights at `targets` to .grad once the running backward pass has finished."""
+    state = ctx.state
+    if len(targets) < len(work.weights):
+        work = _subset(work, targets)
+        state = WeightState(work.weights, work.is_sharded)
+    l1, l2 = work.strengths
+    if isinstance(l1, Tensor) or isinstance(l2, Tensor):
+        # By then an optimizer of the strengths may have stepped in a hook.
+        l1, l2 = [s.clone() if isinstance(s, Tensor) else s for s in (l1, l2)]
+        work = work._replace(strengths=Strengths(l1, l2))
 
     def write() -> None:
         state.check(work.weights)
-        alive = [i for i, w in enumerate(work.weights) if w.requires_grad]  # autograd leaves out what was frozen since
-        if alive:
-            add_gradient(_subset(work._replace(strengths=strengths), alive), scale=scale, with_value=False)
+        alive = list(map(_REQUIRES_GRAD, work.weights))  # autograd leaves out what was frozen since
+        if all(alive):
+            add_gradient(work, scale=scale, with_value=False)
+        elif any(alive):
+            positions = list(itertools.compress(range(len(alive)), alive))
+            add_gradient(_subset(work, positions), scale=scale, with_value=False)
 
-    run_after_backward(write, work.weights[0].device, [*strengths, *scale])
+    run_after_backward(write, work.weights[0].device, (l1, l2, *scale))
 
 
 def _subset(work: Work, positions: Sequence[int]) -> Work:
-    if len(positions) == len(work.weights):
-        return work
-    names, weights, groups = ([column[i] for i in positions] for column in (work.names, work.weights, work.groups))
-    return work._replace(names=names, weights=weights, groups=groups)
+    return work._replace(
+        names=[work.names[i] for i in positions],
+        weights=[work.weights[i] for i in positions],
+        groups=[work.groups[i] for i in positions],
+    )
 
 
 def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
@@ -134,8 +192,8 @@ def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
         if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
             grads, mode = _empty_gradients(weights), Mode.GRADIENT
         ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
-        sweep(work, mode, scale=scale, grads=grads, with_value=False)
-    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[4:], strict=True)]
+        sweep_for(work)(work, mode, scale=scale, grads=grads, with_value=False)
+    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[_N_OTHERS:], strict=True)]
 
 
 def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -165,18 +223,27 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
         )
     terms = formulas.measure(sums, strengths, sums.dtype).penalty[1:]
     inputs: list[Any] = [*strengths, *weights]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[_N_OTHERS - 2 :]) if needed]
     upstream = [torch.as_tensor(factor, device=term.device).to(term) for factor, term in zip(scale, terms, strict=True)]
     found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
-    return None, None, *grads
+    return (*grads,)
 
 
-def _scale(total: Tensor | None, l1_term: Tensor | None = None, l2_term: Tensor | None = None) -> Scale:
-    """The upstream gradients of the two terms; that of the total counts for both."""
-    return Scale(_sum(total, l1_term), _sum(total, l2_term))
+def _if_float(strength: Strength) -> Any:
+    return None if isinstance(strength, Tensor) else strength
+
+
+def _scale(upstream: Sequence[Tensor | None]) -> Scale | None:
+    """The upstream gradients of the two terms, where there are any; that of the total counts for both."""
+    total = upstream[0]
+    if len(upstream) == 1:
+        return None if total is None else Scale(total, total)
+    if all(grad is None for grad in upstream):
+        return None
+    return Scale(*(_sum(total, term) for term in upstream[1:]))
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Strength:

@@ -139,7 +139,8 @@ def _measure_on_host(pairs: list[list[tuple[Tensor, Tensor]]], strengths: Streng
     """`formulas.measure` in Python's float64: an operator call would take longer than its work."""
     strengths = Strengths(*map(_on_host, strengths))
     sums = [[sum([pair[i].item() for pair in of_group]) for i in range(2)] for of_group in pairs]
-    l1_term = l2_term = 0.0
+    l1_term: Any = 0.0
+    l2_term: Any = 0.0
     for group, (abs_sum, square_sum) in enumerate(sums):
         l1, l2 = strengths.of_group(group)
         l1_term, l2_term = l1_term + l1 * abs_sum, l2_term + l2 * square_sum

@@ -1,5 +1,6 @@
 """Small tables that kernels read: copied to a device once, and kept for the next call and for CUDA graphs."""
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ class DeviceCache:
         self.device = device
         self._size = size
         self._entries: dict[Hashable, _Entry] = {}
+        self._storing = threading.Lock()
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` made for `key`, now or earlier."""
@@ -40,9 +42,11 @@ class DeviceCache:
             built = build()
         # A table built during capture is in the graph's own memory, and filled by its replays only.
         if not is_capturing(self.device):
-            while len(self._entries) >= self._size:
-                self._entries.pop(next(iter(self._entries)), None)
-            self._entries[key] = _Entry(built, _record(self.device))
+            entry = _Entry(built, _record(self.device))
+            with self._storing:
+                while len(self._entries) >= self._size:
+                    del self._entries[next(iter(self._entries))]
+                self._entries[key] = entry
         return built
 
 
@@ -84,4 +88,7 @@ def written_by_kernels(tensor: Tensor, device: torch.device) -> Tensor:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on `device` now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # PyTorch asks the current device's stream
+        return torch.cuda.is_current_stream_capturing()

@@ -11,6 +11,8 @@ What they promise, as PyTorch's own DDP and FSDP rely on it:
 Where one of them is missing, gradients are returned to autograd: slower, and the same numbers.
 """
 
+import functools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,38 +20,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.dtensor import any_dtensor
-
+_HAS_DISTRIBUTED = torch.distributed.is_available()
 _HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
 _HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
     torch.autograd.Variable._execution_engine, "queue_callback"
 )
+_IS_LEAF, _DTYPE, _GRAD_DTYPE = map(operator.attrgetter, ("is_leaf", "dtype", "grad_dtype"))
+_HOOKS, _POST_HOOKS = map(operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
-def must_return_gradient(weights: Sequence[Tensor]) -> bool:
+def apply(function: Any, *inputs: Any) -> Any:
+    """`function.apply(*inputs)`, without what torch.func needs of it at the price of a Python loop over the inputs."""
+    return super(torch.autograd.Function, function).apply(*inputs)
+
+
+def must_return_gradient(weights: Sequence[Tensor], is_sharded: bool) -> bool:
     """Whether anybody but .grad would see these weights' gradients, as far as that is known before backward runs."""
     # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
     # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
     # itself, on a stream that is safe to follow only when the backward pass is over.
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and not any_dtensor(weights):
+    if _HAS_DISTRIBUTED and torch.distributed.is_initialized() and not is_sharded:
         return True
-    if torch.is_anomaly_enabled() or not _HAS_ENGINE_ENTRY_POINTS or _compiled_autograd():
-        return True
-    # A pass for each question takes half the time of asking each weight all of them.
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
     return (
-        not all([w.is_leaf for w in weights])
-        or any([w._backward_hooks for w in weights])  # type: ignore[attr-defined]
-        or any([w._post_accumulate_grad_hooks for w in weights])  # type: ignore[attr-defined]
-        or (_HAS_GRAD_DTYPE and [w.grad_dtype for w in weights] != [w.dtype for w in weights])  # type: ignore[attr-defined]
+        torch.is_anomaly_enabled()
+        or not _HAS_ENGINE_ENTRY_POINTS
+        or bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
+        # A pass for each question takes half the time of asking each weight all of them.
+        or not all(map(_IS_LEAF, weights))
+        or any(map(_HOOKS, weights))
+        or any(map(_POST_HOOKS, weights))
+        or (_HAS_GRAD_DTYPE and list(map(_GRAD_DTYPE, weights)) != list(map(_DTYPE, weights)))
     )
 
 
-def positions_to_write(node: Any, weights: Sequence[Tensor]) -> list[int] | None:
+def positions_to_write(node: Any, weights: Sequence[Tensor], is_sharded: bool) -> list[int] | None:
     """The positions of the weights whose gradient the running pass would only add to .grad, for their `node`.
 
     None where that is not so, or not known: the gradients must then be returned.
     """
-    if must_return_gradient(weights) or _is_hooked(node):
+    if must_return_gradient(weights, is_sharded) or _is_hooked(node):
         return None
     nodes = node.next_functions[-len(weights) :]
     # Whoever holds an AccumulateGrad node does so to hook it, and asking all of them for their hooks takes too long.
@@ -66,31 +76,24 @@ def run_after_backward(callback: Callable[[], None], device: torch.device, tenso
 
     It may run on another stream of `device` than this one, and waits there for what this one does to `tensors`.
     """
-    follow = _stream_follower(device, tensors)
-
-    def run() -> None:
-        follow()
-        callback()
-
+    if device.type == "cuda":
+        callback = _following(torch.cuda.current_stream(device), callback, tensors)
     queue = torch.autograd.Variable._execution_engine.queue_callback
     # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
-    queue(lambda: queue(run))
+    queue(functools.partial(queue, callback))
 
 
-def _stream_follower(device: torch.device, tensors: Sequence[object]) -> Callable[[], None]:
-    if device.type != "cuda":
-        return lambda: None
-    producer = torch.cuda.current_stream(device)
-
-    def follow() -> None:
-        consumer = torch.cuda.current_stream(device)
+def _following(producer: Any, callback: Callable[[], None], tensors: Sequence[object]) -> Callable[[], None]:
+    def run() -> None:
+        consumer = torch.cuda.current_stream(producer.device)
         if consumer != producer:
             consumer.wait_stream(producer)
             for tensor in tensors:
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(consumer)
+        callback()
 
-    return follow
+    return run
 
 
 def _references(edges: Any) -> list[int]:
@@ -115,8 +118,3 @@ def _is_hooked(node: Any) -> bool:
     hooks = handle.hooks_dict_ref()
     handle.remove()
     return bool(hooks)
-
-
-def _compiled_autograd() -> bool:
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return bool(getattr(module, "compiled_autograd_enabled", False))

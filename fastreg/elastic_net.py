@@ -1,6 +1,5 @@
 """`ElasticNet`: a penalty that knows its parameters, for use again and again."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -13,7 +12,7 @@ from fastreg.filters import Filter
 from fastreg.formulas import Measure, Penalty
 from fastreg.inplace import add_gradient, apply_prox
 from fastreg.selection import Selection, check_impl, check_reduce
-from fastreg.strengths import Scale, Strength, accumulate_dtype, check_strength
+from fastreg.strengths import Strength, accumulate_dtype, check_strength
 from fastreg.work import Work
 
 
@@ -35,19 +34,9 @@ class ElasticNet:
 
     # No other attributes: a misspelt `reg.lambda1 = 0.1` would be no strength.
     __slots__ = (
-        "__weakref__",
-        "_attachment",
-        "_buffers",
-        "_filters",
-        "_impl",
-        "_l1",
-        "_l2",
-        "_params",
-        "_published",
-        "_selection",
-        "_work",
-        "last",
-    )
+        "__weakref__", "_attachment", "_buffers", "_filters", "_impl", "_l1", "_l2", "_params", "_published",
+        "_selection", "_work", "last",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -163,7 +152,7 @@ class ElasticNet:
         """
         if self._attachment is not None and self._attachment.is_alive:
             raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
-        self._attachment = Attachment(optimizer, mode, self, self._forget_attachment)
+        self._attachment = Attachment(optimizer, mode, self._current, self._publish, self._forget_attachment)
         return self._attachment
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
@@ -176,20 +165,8 @@ class ElasticNet:
         n_elements = sum(w.numel() for w in weights)
         return f"ElasticNet({len(weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
 
-    def weights_now(self) -> tuple[Sequence[str], Sequence[Tensor]]:
-        """Names and tensors of the weights that count at this moment."""
-        work = self._current()
-        return work.names, work.weights
-
-    def add_gradient_at_step(self, scale: Scale) -> None:
-        """For an attachment: `add_grad_` with a loss scale, which sets `last`."""
-        with torch.no_grad():
-            self.last = _penalty(add_gradient(self._current(), scale=scale))
-
-    def apply_prox_at_step(self, steps: Sequence[Strength], step_groups: Sequence[int]) -> None:
-        """For an attachment: `prox_` with a step for each param group, which sets `last`."""
-        with torch.no_grad():
-            self.last = _penalty(apply_prox(self._current(), steps, step_groups, with_value=True))
+    def _publish(self, penalty: Penalty) -> None:
+        self.last = penalty
 
     def _forget_attachment(self, attachment: Attachment) -> None:
         if self._attachment is attachment:

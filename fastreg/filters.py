@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import itertools
+import operator
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,15 +39,14 @@ def filtered(
     Warns:
         UserWarning: `exclude` matches nothing.
     """
-    included = [alive and match for alive, match in zip(trainable, _matches(include, True, candidates, modules))]
+    included = list(map(operator.and_, trainable, _matches(include, True, candidates, modules)))
     if include is not None and not any(included):
         raise ValueError(f"nothing selected: {_nothing_matched('include', include, candidates, trainable)}")
     excluded = _matches(exclude, False, candidates, modules)
-    if exclude is not None and not any(excluded):
-        # A rule that holds for every model may find nothing in this one; a name or a class that does is a mistake.
-        if exclude is not bias_and_norm and not torch.compiler.is_compiling():
-            warnings.warn(_nothing_matched("exclude", exclude, candidates, trainable), stacklevel=2)
-    chosen = [c for c, inside, outside in zip(candidates, included, excluded) if inside and not outside]
+    # A rule that holds for every model may find nothing in this one; a name or a class that does is a mistake.
+    if exclude not in (None, bias_and_norm) and not any(excluded) and not torch.compiler.is_compiling():
+        warnings.warn(_nothing_matched("exclude", exclude, candidates, trainable), stacklevel=2)
+    chosen = list(itertools.compress(candidates, map(operator.gt, included, excluded)))
     if not chosen:
         raise ValueError(
             f"nothing selected: include and exclude leave none of {sum(trainable)} trainable parameters, such as "
@@ -77,7 +78,8 @@ def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
         )
     if callable(pattern):
         _check_signature(pattern, which)
-        return pattern
+        predicate: Predicate = pattern
+        return predicate
     try:
         search = re.compile(pattern).search
     except re.error as error:
@@ -100,7 +102,7 @@ def _check_signature(predicate: Callable[..., Any], which: str) -> None:
 
 def _nothing_matched(which: str, pattern: Any, candidates: Sequence[Candidate], trainable: list[bool]) -> str:
     """What is wrong, with the names that come nearest to a regular expression."""
-    names = [c.name for c, alive in zip(candidates, trainable) if alive]
+    names = [c.name for c in itertools.compress(candidates, trainable)]
     if isinstance(pattern, (str, re.Pattern)):
         shown = repr(pattern if isinstance(pattern, str) else pattern.pattern)
         # A regular expression may stand for a part of a name, and often does.

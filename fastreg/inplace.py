@@ -1,19 +1,22 @@
-"""The gradient added to .grad and the proximal step of the weights, in memory that is checked before the first write."""
+"""The gradient into .grad and the proximal step into the weights, in memory that is checked before the first write."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.dtensor import any_dtensor, as_dtensors, as_placed, is_dtensor, local, local_parts
+from fastreg.dtensor import as_dtensors, as_placed, is_dtensor, local, local_parts
 from fastreg.formulas import Measure, Mode, measure
 from fastreg.kinds import check_kinds
 from fastreg.layout import find_layout
-from fastreg.local import is_dense
+from fastreg.local import is_dense, local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths, per_group
-from fastreg.sweep import sweep
+from fastreg.sweep import sweep_for
 from fastreg.work import Work
+
+_GRAD = operator.attrgetter("grad")
 
 
 def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True) -> Measure | None:
@@ -23,21 +26,20 @@ def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True
         TypeError: a .grad of another dtype or device than its weight, before anything is written.
         ValueError, RuntimeError: a .grad of another shape, or that cannot be changed in place, likewise.
     """
-    weights = work.weights
-    is_plain = not (torch.compiler.is_compiling() or any_dtensor(weights))
-    layout = find_layout(weights, work.groups) if is_plain else None
-    grads: list[Any] = [w.grad for w in weights]
+    run = sweep_for(work)
+    layout = find_layout(work.weights, work.groups) if run is local_sweep else None
+    grads: list[Any] = list(map(_GRAD, work.weights))
     if layout is not None and layout.accepts(grads):
-        found = sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, layout=layout)
+        found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, layout=layout)
     else:
         if layout is None:
-            check_kinds(work.names, weights)
+            check_kinds(work.names, work.weights)
         grads = _usable_gradients(work, grads)
-        found = sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
-        for w, grad in zip(weights, grads, strict=True):
+        found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
+        for w, grad in zip(work.weights, grads, strict=True):
             if w.grad is not grad:
                 w.grad = grad
-    _mark_changed(grads)
+    _mark_changed(work, grads)
     return found
 
 
@@ -51,24 +53,28 @@ def apply_prox(
         RuntimeError: an inference tensor outside inference mode, likewise.
     """
     weights = work.weights
-    for name, w in zip(work.names, local_parts(weights), strict=True):
-        if not w.is_contiguous() or not _counts_changes(w):
+    parts = local_parts(weights) if work.is_sharded else weights
+    is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
+    if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
+        for name, w in zip(work.names, parts, strict=True):
             _check_writable(w, f"parameter {name!r}")
+    run = sweep_for(work)
     device = weights[0].device
     if step_groups is None or len(steps) == 1:
         step = per_group(steps[:1], device, "lr")
-        found = sweep(work, Mode.PROX, scale=Scale(step, step), with_value=with_value)
+        found = run(work, Mode.PROX, scale=Scale(step, step), with_value=with_value)
     else:
         # Groups that differ in strength or step, with strengths that carry the step.
         pairs = list(zip(work.groups, step_groups, strict=True))
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         plain = [work.strengths.of_group(group) for group, _ in numbers]
         scaled = [work.strengths.of_group(group, Scale(steps[i], steps[i])) for group, i in numbers]
-        fine = work._replace(groups=[numbers[pair] for pair in pairs], n_groups=len(numbers))
-        found = sweep(fine._replace(strengths=_columns(scaled, device)), Mode.PROX, with_value=with_value)
+        fine = [numbers[pair] for pair in pairs]
+        refined = work._replace(groups=fine, n_groups=len(numbers), strengths=_columns(scaled, device))
+        found = run(refined, Mode.PROX, with_value=with_value)
         if found is not None:
             found = measure(found.sums, _columns(plain, device), found.penalty.total.dtype)
-    _mark_changed(weights)
+    _mark_changed(work, weights)
     return found
 
 
@@ -76,29 +82,28 @@ def _columns(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -
     return Strengths(*(per_group(column, device, "lr") for column in zip(*pairs, strict=True)))
 
 
-def _mark_changed(tensors: Sequence[Tensor]) -> None:
+def _mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
     """Lets graphs that saved one of them notice that it was changed; of a DTensor, also those that saved its part."""
     if torch.compiler.is_compiling():
         return
     torch.autograd.graph.increment_version(tensors)
-    if any_dtensor(tensors):
+    if work.is_sharded:
         torch.autograd.graph.increment_version([local(t) for t in tensors if is_dtensor(t)])
 
 
 def _usable_gradients(work: Work, grads: Sequence[Tensor | None]) -> list[Any]:
     """`grads`, with others in place of those that cannot be added to as they are."""
     usable = list(grads)
-    distributed = any_dtensor(work.weights)
     for i, (name, w, grad) in enumerate(zip(work.names, work.weights, grads, strict=True)):
         if (
-            distributed
+            work.is_sharded
             or grad is None
             or grad.layout is not torch.strided
             or grad.dtype is not w.dtype
             or grad.shape != w.shape
             or grad.get_device() != w.get_device()
             or not grad.is_contiguous()
-            or not _counts_changes(grad)
+            or _is_inference(grad)
         ):
             usable[i] = _usable_gradient(w, name)
     return usable
@@ -140,10 +145,10 @@ def _check_writable(tensor: Tensor, what: str) -> None:
     """Raises where `tensor`, called `what`, cannot be changed in place."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{what} is expanded: its elements share memory; pass the tensor it views, or a clone()")
-    if not _counts_changes(tensor) and not torch.is_inference_mode_enabled():
+    if _is_inference(tensor) and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"{what} was made in inference mode, and can be changed only there")
 
 
-def _counts_changes(tensor: Tensor) -> bool:
-    """Whether `tensor` has a version counter: inference tensors have none, and a compiler that traces this has none."""
-    return torch.compiler.is_compiling() or not tensor.is_inference()
+def _is_inference(tensor: Tensor) -> bool:
+    # A compiler that traces this has no such tensors, and cannot ask.
+    return not torch.compiler.is_compiling() and tensor.is_inference()

@@ -83,7 +83,7 @@ class Layout:
     """Where the elements of dense weights lie: parts by device, in the order of the devices' first weights."""
 
     def __init__(self, weights: Sequence[Tensor], groups: Sequence[int]) -> None:
-        self.addresses = _addresses(weights)
+        self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self._groups = list(groups)
         self._weights = Snapshot(weights)
@@ -117,7 +117,7 @@ _STORING = threading.Lock()
 
 def find_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout | None:
     """The cached layout, or None if an address, shape, stride, dtype, device, kind or group changed."""
-    addresses = _addresses(weights)
+    addresses = list(map(Tensor.data_ptr, weights))
     for layout in _LAYOUTS.get((addresses[0], len(addresses)), ()):
         if layout.matches(weights, addresses, groups):
             return layout
@@ -139,7 +139,3 @@ def forget_layouts() -> None:
     """Empties the cache."""
     with _STORING:
         _LAYOUTS.clear()
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))

@@ -1,5 +1,6 @@
 """A sweep over weights in this process's memory: their layout, copies where memory has gaps, and Triton or PyTorch."""
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -50,14 +51,16 @@ def local_sweep(
             if all(map(operator.is_, staged, grads)):
                 layout.store_gradients(grads)
     # All decided before the first write, so that an error leaves everything as it was.
-    backends = [backend_for(device, work.impl) for device in layout.parts]
+    backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     dtype = layout.value_dtype if with_value else None
     measures: list[Measure | None] = []
     # Tensor subclasses that merely mark their tensors would mark the value too.
     with torch._C.DisableTorchFunctionSubclass():
         for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
-            strengths = work.strengths.on(device), scale.on(device)
-            measures.append(backend(parts, mode, weights, staged, *strengths, work.n_groups, dtype))
+            factors = work.strengths, scale
+            if len(backends) > 1:
+                factors = work.strengths.on(device), scale.on(device)
+            measures.append(backend(parts, mode, weights, staged, *factors, work.n_groups, dtype))
     if weights is not work.weights and mode is Mode.PROX:
         _copy_back(weights, work.weights)
     if staged is not None and grads is not None and staged is not grads:
@@ -79,7 +82,7 @@ def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure
     if impl == "torch" or (impl is None and device.type != "cuda"):
         return block_sweep
     try:
-        from fastreg import kernels
+        import fastreg.kernels as kernels  # cheaper at every call than `from fastreg import kernels`
     except ImportError as error:
         if impl is None:
             return block_sweep

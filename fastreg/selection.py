@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from fastreg.collect import Candidate, OwnStrengths, collect
-from fastreg.dtensor import gathered_by_fsdp, is_fsdp1
+from fastreg.dtensor import any_dtensor, gathered_by_fsdp, is_fsdp1
 from fastreg.filters import Filter, filtered
 from fastreg.kinds import check_kinds
 from fastreg.strengths import Strength, Strengths, check_strength, per_group
 from fastreg.work import Work
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_VALUES = operator.methodcaller("values")
 
 
 class Selection:
@@ -27,9 +30,10 @@ class Selection:
         ]
         self._lengths = list(map(len, self._contents))
         self._filled = [contained for contained in self._contents if contained]
-        self._contained = self._now_contained()
+        self._contained = list(chain.from_iterable(map(_VALUES, self._filled)))
         self._tensors = [c.tensor for c in candidates]
-        self._requires_grad = [t.requires_grad for t in self._tensors]
+        self._requires_grad = list(map(_REQUIRES_GRAD, self._tensors))
+        self._types = list(map(type, self._tensors))
         chosen = filtered(candidates, _trainable(candidates), include, exclude, modules)
         self.names = [c.name for c in chosen]
         self.weights = [c.tensor for c in chosen]
@@ -45,13 +49,11 @@ class Selection:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
         # Hundreds of modules, asked at every call: without a loop in Python.
         return (
-            [t.requires_grad for t in self._tensors] == self._requires_grad
+            list(map(_REQUIRES_GRAD, self._tensors)) == self._requires_grad
+            and list(map(type, self._tensors)) == self._types
             and list(map(len, self._contents)) == self._lengths
-            and all(map(operator.is_, self._now_contained(), self._contained))
+            and all(map(operator.is_, chain.from_iterable(map(_VALUES, self._filled)), self._contained))
         )
-
-    def _now_contained(self) -> list[Any]:
-        return list(chain.from_iterable([contained.values() for contained in self._filled]))
 
     def makes_constants(self, l1: Strength, l2: Strength) -> bool:
         """Whether `work` may be kept: its strengths are then not new tensors made of those that were passed."""
@@ -65,7 +67,8 @@ class Selection:
             per_group([l1 if own[0] is None else own[0] for own in self._own_strengths], device, "l1"),
             per_group([l2 if own[1] is None else own[1] for own in self._own_strengths], device, "l2"),
         )
-        return Work(self.names, self.weights, self.groups, len(self._own_strengths), strengths, impl, all_reduce)
+        n_groups, is_sharded = len(self._own_strengths), any_dtensor(self.weights)
+        return Work(self.names, self.weights, self.groups, n_groups, strengths, impl, is_sharded, all_reduce)
 
 
 def select(

@@ -33,11 +33,6 @@ def is_transformed() -> bool:
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_traced() -> bool:
-    """Whether a compiler or a transform has to see what is computed now."""
-    return torch.compiler.is_compiling() or is_transformed()
-
-
 def traced_sweep(
     work: Work,
     mode: Mode,

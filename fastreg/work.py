@@ -17,5 +17,6 @@ class Work(NamedTuple):
     n_groups: int
     strengths: Strengths
     impl: str | None  # "triton", "torch", or None for the best there is
-    all_reduce: bool = True  # whether the value of sharded weights is to be that of all ranks
+    is_sharded: bool = False  # whether any weight is a DTensor
+    all_reduce: bool = True  # whether their value is to be that of all ranks
     is_attached: bool = False  # whether an optimizer applies the same penalty at its steps

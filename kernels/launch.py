@@ -1,21 +1,28 @@
-"""From parts to kernel launches: one sweep per dtype, and one kernel that finishes the value."""
+"""From parts to kernel launches: pointer tables, one sweep per dtype, and one kernel that finishes the value."""
 
+import itertools
+import operator
 from collections.abc import Sequence
-from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastreg.device_cache import DeviceCache, to_device
 from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
-from fastreg.kernels.tables import BLOCK, PointerTables, Tables
 from fastreg.layout import Part
 from fastreg.strengths import Scale, Strengths
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
+# Elements that one Triton program reads at a time: 16 per thread of four warps.
+BLOCK = 2048
+# Enough programs to fill the largest GPUs several times over; beyond that, chunks grow instead.
+MOST_CHUNKS = 8192
+MOST_BLOCKS_PER_CHUNK = 32
 NUM_WARPS = 4
 FINISH_BLOCK = 1024
 
@@ -25,6 +32,58 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Tables are filled on the host, whatever the user's default device is.
+_HOST_INT64: Any = {"dtype": torch.int64, "device": "cpu"}
+
+
+class Tables(NamedTuple):
+    """Device memory that the kernels read; see `_sweep_kernel` for the layout."""
+
+    tensors: Tensor  # int64 [n_tensors, 4]
+    chunk_tensor: Tensor  # int32 [n_chunks]
+    chunk_group: Tensor  # int32 [n_chunks]
+    n_chunks: int
+    blocks_per_chunk: int
+
+
+_N_CHUNKS = operator.attrgetter("n_chunks")
+
+
+class PointerTables:
+    """The tables of one part, built at their first use and kept on its device."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self.cache = DeviceCache(part.device, size=8)
+
+    def of_weights(self) -> Tables:
+        """Addresses and sizes of the weights, and how they are cut into chunks."""
+        return self.cache.get("weights", self._build)
+
+    def of_gradients(self, grads: Sequence[Tensor]) -> tuple[int, Tensor]:
+        """A base address, and int64 [n_tensors] byte offsets from it.
+
+        The same table serves gradients that moved as a whole.
+        """
+        addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, self._part.positions)))
+        base = addresses[0]
+        offsets = tuple(map(operator.sub, addresses, itertools.repeat(base)))
+        table = self.cache.get(offsets, lambda: to_device(torch.tensor(offsets, **_HOST_INT64), self._part.device))
+        return base, table
+
+    def _build(self) -> Tables:
+        """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
+        part = self._part
+        blocks_per_chunk = min(max(-(-sum(part.numels) // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
+        chunk_size = blocks_per_chunk * BLOCK
+        n_chunks = [-(-numel // chunk_size) for numel in part.numels]
+        first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
+        rows = list(zip(part.addresses, part.numels, first_chunks, part.groups, strict=True))
+        tensors = to_device(torch.tensor(rows, **_HOST_INT64), part.device)
+        counts = (tensors[:, 1] + chunk_size - 1) // chunk_size
+        chunk_tensor = torch.repeat_interleave(counts, output_size=sum(n_chunks))
+        chunk_group = tensors[:, 3][chunk_tensor].int()
+        return Tables(tensors, chunk_tensor.int(), chunk_group, sum(n_chunks), blocks_per_chunk)
 
 
 def kernel_sweep(
@@ -43,70 +102,60 @@ def kernel_sweep(
     the parts' tables already.
     """
     device = parts[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches on the current device.
+        with torch.cuda.device(device):
+            return kernel_sweep(parts, mode, weights, grads, strengths, scale, n_groups, value_dtype)
     pointers = [part.prepared(PointerTables) for part in parts]
-    tables = [each.of_weights for each in pointers]
-    chunks = [t.chunk_tensor.numel() for t in tables]
-    (l1, l1_ptr), (l2, l2_ptr) = map(_scalar_and_pointer, strengths)
-    (factor_l1, scale_l1_ptr), (factor_l2, scale_l2_ptr) = map(_scalar_and_pointer, scale)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        partials = None if value_dtype is None else torch.empty((sum(chunks), 2), dtype=torch.float64, device=device)
-        first_partial = 0
-        for part, pointer, table, n_chunks in zip(parts, pointers, tables, chunks, strict=True):
-            if n_chunks == 0:
-                continue
-            grad_base, grad_table = _grad_addresses(part, pointer, grads)
-            _sweep_kernel[(n_chunks,)](
-                table_ptr=table.tensors,
-                chunk_tensor_ptr=table.chunk_tensor,
-                grad_table_ptr=grad_table,
-                partials_ptr=partials[first_partial:] if partials is not None else None,
-                l1_ptr=l1_ptr,
-                l2_ptr=l2_ptr,
-                scale_l1_ptr=scale_l1_ptr,
-                scale_l2_ptr=scale_l2_ptr,
-                l1=l1 * factor_l1,
-                l2=l2 * factor_l2,
-                grad_base=grad_base,
-                blocks_per_chunk=table.blocks_per_chunk,
-                DTYPE=_TRITON_DTYPES[part.dtype],
-                MODE=mode.value,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
-            first_partial += n_chunks
-        if value_dtype is None:
-            return None
-        total, l1_term, l2_term = (torch.empty((), dtype=value_dtype, device=device) for _ in range(3))
-        sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
-        _finish_kernel[(1 + n_groups,)](
-            partials_ptr=partials,
-            chunk_group_ptr=_chunk_groups(pointers, tables) if n_groups > 1 else None,
-            total_ptr=total,
-            l1_term_ptr=l1_term,
-            l2_term_ptr=l2_term,
-            sums_ptr=sums,
+    tables = list(map(PointerTables.of_weights, pointers))
+    n_chunks = sum(map(_N_CHUNKS, tables))
+    l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = [s if isinstance(s, Tensor) else None for s in (*strengths, *scale)]
+    l1, l2, factor_l1, factor_l2 = [1.0 if isinstance(s, Tensor) else s for s in (*strengths, *scale)]
+    partials = None if value_dtype is None else torch.empty((n_chunks, 2), dtype=torch.float64, device=device)
+    first_partial = 0
+    for part, pointer, table in zip(parts, pointers, tables, strict=True):
+        if table.n_chunks == 0:
+            continue
+        grad_base, grad_table = (0, None) if grads is None else pointer.of_gradients(grads)
+        _sweep_kernel[(table.n_chunks,)](
+            table_ptr=table.tensors,
+            chunk_tensor_ptr=table.chunk_tensor,
+            grad_table_ptr=grad_table,
+            partials_ptr=None if partials is None else partials[first_partial:],
             l1_ptr=l1_ptr,
             l2_ptr=l2_ptr,
-            l1=l1,
-            l2=l2,
-            n_chunks=first_partial,
-            BLOCK=FINISH_BLOCK,
+            scale_l1_ptr=scale_l1_ptr,
+            scale_l2_ptr=scale_l2_ptr,
+            l1=l1 * factor_l1,
+            l2=l2 * factor_l2,
+            grad_base=grad_base,
+            blocks_per_chunk=table.blocks_per_chunk,
+            DTYPE=_TRITON_DTYPES[part.dtype],
+            MODE=mode._value_,  # `value` is a property in Python
+            BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
+        first_partial += table.n_chunks
+    if value_dtype is None:
+        return None
+    total, l1_term, l2_term = [torch.empty((), dtype=value_dtype, device=device) for _ in range(3)]
+    sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
+    _finish_kernel[(1 + n_groups,)](
+        partials_ptr=partials,
+        chunk_group_ptr=_chunk_groups(pointers, tables) if n_groups > 1 else None,
+        total_ptr=total,
+        l1_term_ptr=l1_term,
+        l2_term_ptr=l2_term,
+        sums_ptr=sums,
+        l1_ptr=l1_ptr,
+        l2_ptr=l2_ptr,
+        l1=l1,
+        l2=l2,
+        n_chunks=n_chunks,
+        BLOCK=FINISH_BLOCK,
+        num_warps=NUM_WARPS,
+    )
     return Measure(Penalty(total, l1_term, l2_term), sums)
-
-
-def _scalar_and_pointer(strength: float | Tensor) -> tuple[float, Tensor | None]:
-    return (1.0, strength) if isinstance(strength, Tensor) else (strength, None)
-
-
-def _grad_addresses(part: Part, pointers: PointerTables, grads: Sequence[Tensor] | None) -> tuple[int, Tensor | None]:
-    """A base address and the table of offsets from it: the same table serves gradients that moved as a whole."""
-    if grads is None:
-        return 0, None
-    addresses = [grads[i].data_ptr() for i in part.positions]
-    base = addresses[0]
-    return base, pointers.of_gradients(tuple([address - base for address in addresses]))
 
 
 def _chunk_groups(pointers: Sequence[PointerTables], tables: Sequence[Tables]) -> Tensor:
