@@ -90,5 +90,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on `device` now goes into a CUDA graph."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):  # PyTorch asks the current device's stream
-        return torch.cuda.is_current_stream_capturing()
+    if device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # PyTorch asks the current device's stream
+            return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_current_stream_capturing()

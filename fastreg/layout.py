@@ -86,6 +86,7 @@ class Layout:
         self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self._groups = list(groups)
+        self._memory = [(w.dtype, w.device, w.numel()) for w in weights]
         self._weights = Snapshot(weights)
         self._grads: Snapshot | None = None
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
@@ -101,6 +102,11 @@ class Layout:
     def matches(self, weights: Sequence[Tensor], addresses: list[int], groups: Sequence[int]) -> bool:
         """Whether this is the layout of `weights`, which lie at `addresses`."""
         return self.addresses == addresses and self._groups == list(groups) and self._weights.matches(weights)
+
+    def share_parts(self, other: "Layout") -> None:
+        """Takes the parts of a layout of the same memory, under autocast for instance, and all prepared for them."""
+        if (self.addresses, self._memory, self._groups) == (other.addresses, other._memory, other._groups):
+            self.parts = other.parts
 
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
@@ -131,7 +137,10 @@ def store_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout:
     with _STORING:
         while len(_LAYOUTS) >= MOST_KEYS and key not in _LAYOUTS:
             del _LAYOUTS[next(iter(_LAYOUTS))]
-        _LAYOUTS[key] = (layout, *_LAYOUTS.get(key, ()))[:MOST_PER_KEY]
+        others = _LAYOUTS.get(key, ())
+        for other in others:
+            layout.share_parts(other)
+        _LAYOUTS[key] = (layout, *others)[:MOST_PER_KEY]
     return layout
 
 

@@ -5,8 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastreg.plan import BLOCK
-
+# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
+BLOCK = 2048
+# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
+BLOCK = 2048
+# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
+BLOCK = 2048
+# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
+BLOCK = 2048
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 L1, L2 = 0.3, 0.7
 

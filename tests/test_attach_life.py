@@ -64,7 +64,8 @@ def test_what_cannot_be_attached() -> None:
     before = bits(*model.parameters())
     partly.step()
     assert bits(*model.parameters()) == before
-    reg.attach(plain(model.parameters()))
+    optimizer = plain(model.parameters())
+    reg.attach(optimizer)
     with pytest.raises(RuntimeError, match=r"attached already; call \.remove\(\) on its handle first"):
         reg.attach(plain(model.parameters()))
 

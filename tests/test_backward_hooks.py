@@ -9,7 +9,7 @@ from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
 from torch.nn.utils import parametrize
 
 import fastreg
-from fastreg.plan import Mode
+from fastreg.formulas import Mode
 from tests.ways import Path, Scenario, Scene, assert_same, grid, outcome, spy_on_sweeps
 
 

@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
-from fastreg import blocks, plan, recall, scratch
-from fastreg.plan import LANES
+from fastreg import block_ops, blocks, scratch
+from fastreg.blocks import LANES, Walk
+from fastreg.layout import Layout, forget_layouts
 from tests import oracle
 from tests.cases import L1, L2, leaf
 
-SMALL, BLOCK, PACK = plan.CPU_SMALL, plan.CPU_BLOCK, plan.CPU_PACK
+SMALL, BLOCK, PACK = blocks.CPU_SMALL, blocks.CPU_BLOCK, blocks.CPU_PACK
 SIZES = [1, LANES - 1, LANES, LANES + 1, SMALL - 1, SMALL, SMALL + LANES + 3, PACK]
 SIZES += [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + SMALL + 5]
 
@@ -123,7 +124,7 @@ def test_strengths_that_a_fused_optimizer_cannot_take(l1: float, l2: float) -> N
 def test_where_pytorch_has_no_fused_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     w, other = (leaf(torch.randn(BLOCK + 5, generator=torch.Generator().manual_seed(0))) for _ in range(2))
     fastreg.add_elastic_grad_([w], L1, L2)
-    monkeypatch.setattr(blocks, "_HAS_FUSED_SGD", False)
+    monkeypatch.setattr(block_ops, "_HAS_FUSED_SGD", False)
     fastreg.add_elastic_grad_([other], L1, L2)
     assert w.grad is not None
     assert other.grad is not None
@@ -196,7 +197,8 @@ def test_kept_memory_does_not_grow() -> None:
     """It is some blocks, however many models pass through it."""
 
     def kept() -> int:
-        memory = blocks.memory_of(torch.device("cpu"))
+        memory = scratch._KEPT.memory
+        assert memory is not None
         return sum(buffer.numel() * buffer.element_size() for buffer in memory._buffers.values())
 
     def many_models() -> None:
@@ -205,13 +207,13 @@ def test_kept_memory_does_not_grow() -> None:
         before = kept()
         assert before == (3 * 4 + 8) * BLOCK
         for n in range(600):
-            recall.forget()
+            forget_layouts()
             term([torch.ones(n + 1), torch.ones(2)], l2=1.0)
         assert kept() == before
-        views = [blocks.memory_of(torch.device("cpu"))._n_views]
+        views = [scratch._KEPT.memory._n_views]
         for n in range(40):
             term([torch.ones(n + 1)] * 1 + [torch.ones(2) for _ in range(1000)], l2=1.0)
-            views.append(blocks.memory_of(torch.device("cpu"))._n_views)
+            views.append(scratch._KEPT.memory._n_views)
         assert max(views) < scratch.MOST_VIEWS + 1003
         assert views != sorted(views)
 
@@ -249,9 +251,7 @@ def test_memory_is_not_shared_with_modes_and_transforms() -> None:
 
 def test_planning_takes_no_longer_per_tensor_for_many() -> None:
     def calls(n: int) -> int:
-        part = plan.plan_for([torch.ones(2) for _ in range(n)], [i % 50 for i in range(n)]).shards[torch.device("cpu")][
-            0
-        ]
+        (part,) = Layout([torch.ones(2) for _ in range(n)], [i % 50 for i in range(n)]).parts[torch.device("cpu")]
         counted = 0
 
         def trace(frame: Any, event: str, arg: Any) -> Any:
@@ -261,7 +261,7 @@ def test_planning_takes_no_longer_per_tensor_for_many() -> None:
 
         sys.settrace(trace)
         try:
-            assert sum(len(block.pieces) for block in part.blocks) == n
+            assert sum(len(block.pieces) for block in Walk(part).blocks) == n
         finally:
             sys.settrace(None)
         return counted

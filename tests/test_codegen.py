@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 
 from bench import codegen
 from bench.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
+from fastreg.formulas import Mode
 from fastreg.kernels import launch, sweep_kernel
-from fastreg.plan import BLOCK, MOST_CHUNKS, Mode
+from fastreg.kernels.launch import BLOCK, MOST_CHUNKS
 from fastreg.strengths import UNSCALED, Scale
 
 pytestmark = [

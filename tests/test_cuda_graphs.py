@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastreg
-from fastreg import plan, recall, strengths
+from fastreg import strengths
+from fastreg.layout import forget_layouts
 from tests.ways import Path, grid
 
 Weights = list[Tensor]
@@ -58,7 +59,7 @@ def states(weights: Weights, result: Any) -> list[Tensor]:
 
 def forget() -> None:
     """Everything that was cached is given up, and its memory is overwritten."""
-    recall.forget()
+    forget_layouts()
     strengths._CONSTANTS.clear()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -227,7 +228,14 @@ class NoHostWork(TorchDispatchMode):
     ALLOWED = frozenset(
         f"aten.{name}"
         for name in (
-            *("empty.memory_format", "as_strided.default", "slice.Tensor", "select.int", "unbind.int"),
+            *(
+                "empty.memory_format",
+                "empty_like.default",
+                "as_strided.default",
+                "slice.Tensor",
+                "select.int",
+                "unbind.int",
+            ),
             *("ones_like.default", "clone.default", "add_.Tensor", "mul.Tensor", "stack.default"),
         )
     )
@@ -267,7 +275,7 @@ def test_the_hot_path_can_be_captured(name: str, kind: str, monkeypatch: pytest.
     def copies(*args: Any) -> Tensor:
         pytest.fail("a table is built again")
 
-    monkeypatch.setattr(plan, "to_device", copies)
+    monkeypatch.setattr(launch, "to_device", copies)
     monkeypatch.setattr(strengths, "to_device", copies)
     with NoHostWork():
         STEPS[name](reg)

@@ -76,7 +76,7 @@ CASES: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]]
         lambda: nn.Linear(2, 2),
         {"include": "conv"},
         ValueError,
-        "nothing selected: include and exclude leave none of 2 trainable parameters, such as 'weight'",
+        "nothing selected: include='conv' matches none of 2 trainable parameters; its names are like 'weight'",
     ),
     ("no params entry", lambda: [{"l1": 0.1}], {}, ValueError, "groups[0] has no 'params' entry"),
     (
@@ -87,7 +87,7 @@ CASES: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]]
         "parameter 'twin' is in groups[0] and in groups[1]",
     ),
     ("bad regex", weights, {"include": "("}, ValueError, "include is not a valid regular expression: '('"),
-    ("exclude a list", weights, {"exclude": ["bias"]}, TypeError, "exclude must be a regular expression or a callable"),
+    ("exclude a list", weights, {"exclude": ["bias"]}, TypeError, "exclude must be a regular expression, a callable"),
     ("unknown impl", weights, {"impl": "cuda"}, ValueError, 'impl must be "triton", "torch" or None, got \'cuda\''),
     ("params a string", lambda: "model", {}, TypeError, "params must be an nn.Module, a tensor, an iterable of"),
     ("params None", lambda: None, {}, TypeError, "or a list of group dicts, got NoneType"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.plan import Mode
+from fastreg.formulas import Mode
 from tests.cases import L1, L2
 from tests.check_sharded import check_everything
 from tests.ranks import AVAILABLE, Case, Ranks, check, close, full, tensor

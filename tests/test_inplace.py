@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.plan import BLOCK
-from fastreg.prox import shrink
+from fastreg.inplace import apply_prox
 from fastreg.strengths import Strengths
+from fastreg.work import Work
 from tests import oracle
-from tests.cases import CASES, DTYPES, L1, L2, leaf
+from tests.cases import BLOCK, CASES, DTYPES, L1, L2, leaf
 from tests.conftest import INTERPRETED
 from tests.test_penalty import assert_gradient, assert_value, mixed_model
 from tests.test_properties import EXAMPLES, strengths, weights
@@ -331,9 +331,10 @@ def test_steps_that_are_tensors(path: Path) -> None:
     weights = [torch.randn(n, device=device) for n in (5, 3000, 7)]
     before = [w.clone() for w in weights]
     steps = [torch.tensor(s, device=device) for s in (0.5, 0.5, 0.125)]
-    found = shrink(["a", "b", "c"], weights, [0, 0, 0], Strengths(L1, L2), steps, reduce=True, impl=impl)
+    work = Work("abc", weights, [0, 0, 0], 1, Strengths(L1, L2), impl)
+    found = apply_prox(work, steps, [0, 1, 2], with_value=True)
     assert found is not None
-    assert found.total.item() == pytest.approx(oracle.penalty(before, L1, L2)[0], rel=1e-6)
+    assert found.penalty.total.item() == pytest.approx(oracle.penalty(before, L1, L2)[0], rel=1e-6)
     for w, old, step in zip(weights, before, steps, strict=True):
         assert oracle.ulp_distance(w, oracle.prox(old, L1, L2, float(step))) <= 2
 

@@ -89,7 +89,7 @@ ADD_ERRORS: list[Error] = [
     ("expanded .grad", pair(None, torch.ones(1, 2).expand(4, 2)), {}, ValueError, "share memory"),
     ("integers", integers, {}, TypeError, "parameter 'bad' has dtype torch.int32"),
     ("negative l2", pair(), {"l2": -1.0}, ValueError, "l2 must be finite and at least 0, got -1.0"),
-    ("nothing", pair(), {"include": "conv"}, ValueError, "nothing selected: include and exclude leave none of 2"),
+    ("nothing", pair(), {"include": "conv"}, ValueError, "nothing selected: include='conv' matches none of 2"),
     ("no GPU", pair(), {"impl": "triton"}, RuntimeError, NO_GPU),
     ("unknown impl", pair(), {"impl": "cuda"}, ValueError, 'impl must be "triton", "torch" or None'),
 ]

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.plan import BLOCK
 from tests import oracle
-from tests.cases import CASES, DTYPES, L1, L2, leaf
+from tests.cases import BLOCK, CASES, DTYPES, L1, L2, leaf
 
 Path = tuple[str, str]
 

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastreg
-from fastreg.plan import BLOCK
 from tests import oracle
-from tests.cases import leaf
+from tests.cases import BLOCK, leaf
 from tests.conftest import INTERPRETED
 
 EXAMPLES = settings(max_examples=60 if INTERPRETED else 200, deadline=None, derandomize=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg import recall
+from fastreg import layout
 from tests import oracle
 from tests.cases import L1, L2
 from tests.test_penalty import assert_value
@@ -23,12 +23,12 @@ from tests.ways import Path
 @pytest.fixture(autouse=True, params=["guards", "facts"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "facts":
-        monkeypatch.setattr(recall, "_GUARDS", None)
+        monkeypatch.setattr(layout, "_TENSOR_GUARDS", None)
     else:
-        assert recall._GUARDS is not None
-    recall.forget()
+        assert layout._TENSOR_GUARDS is not None
+    layout.forget_layouts()
     yield
-    recall.forget()
+    layout.forget_layouts()
 
 
 def parameters(device: str) -> list[nn.Parameter]:
@@ -155,12 +155,12 @@ def test_groups_are_part_of_what_is_known(path: Path) -> None:
 def test_modes_and_penalties_that_alternate_are_all_remembered(path: Path) -> None:
     weights = parameters(path[1])
 
-    def calls() -> list[recall.Known | None]:
+    def calls() -> list[layout.Layout | None]:
         found = []
         for groups in ([0, 0, 0], [0, 1, 1]):
             for mode in (contextlib.nullcontext(), torch.autocast(path[1], torch.bfloat16)):
                 with mode:
-                    known = recall.recall(weights, groups)
+                    known = layout.find_layout(weights, groups)
                     params = [{"params": [w], "l1": 0.5 + group} for w, group in zip(weights, groups, strict=True)]
                     fastreg.elastic_penalty(params, impl=path[0])
                 found.append(known)
@@ -177,7 +177,7 @@ def test_no_model_is_kept_alive(path: Path) -> None:
     weights = parameters(path[1])
     for _ in range(3):
         check(weights, path)
-    assert recall.recall(weights, [0, 0, 0]) is not None
+    assert layout.find_layout(weights, [0, 0, 0]) is not None
     alive = [weakref.ref(t) for w in weights for t in (w, w.grad)]
     del weights
     gc.collect()
@@ -185,14 +185,14 @@ def test_no_model_is_kept_alive(path: Path) -> None:
 
 
 def test_what_is_kept_does_not_grow() -> None:
-    weights = [nn.Parameter(torch.randn(3)) for _ in range(recall.MOST_REMEMBERED + 9)]
+    weights = [nn.Parameter(torch.randn(3)) for _ in range(layout.MOST_KEYS + 9)]
     for w in weights:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for _ in range(2 * recall.MOST_OF_EACH):
+            for _ in range(2 * layout.MOST_PER_KEY):
                 with torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
                     fastreg.elastic_penalty([w], L1, L2)
-    assert len(recall._RECENT) == recall.MOST_REMEMBERED
-    assert all(1 <= len(known) <= recall.MOST_OF_EACH for known in recall._RECENT.values())
+    assert len(layout._LAYOUTS) == layout.MOST_KEYS
+    assert all(1 <= len(known) <= layout.MOST_PER_KEY for known in layout._LAYOUTS.values())
 
 
 def test_python_asks_little_of_each_tensor(path: Path, request: pytest.FixtureRequest) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import accumulate, autograd
-from fastreg.plan import Mode
+from fastreg.formulas import Mode
+from fastreg.local import local_sweep
+from fastreg.sharded import sharded_sweep
 
 L1, L2 = 1 / 8, 1 / 4
 WAYS = ("direct", "ordinary")
@@ -105,16 +106,20 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 def spy_on_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
-    """The modes of the sweeps that autograd starts, as they come."""
+    """The modes of the sweeps that the library starts, as they come."""
     modes: list[Mode] = []
-    sweep = autograd.sweep
 
-    def spy(weights: Any, groups: Any, mode: Mode, *args: Any, **keywords: Any) -> Any:
-        modes.append(mode)
-        return sweep(weights, groups, mode, *args, **keywords)
+    def spied(run: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(work: Any, mode: Mode, **keywords: Any) -> Any:
+            modes.append(mode)
+            return run(work, mode, **keywords)
 
-    for module in (autograd, accumulate):
-        monkeypatch.setattr(module, "sweep", spy)
+        return spy
+
+    spy = spied(local_sweep)
+    monkeypatch.setattr("fastreg.sweep.local_sweep", spy)
+    monkeypatch.setattr("fastreg.inplace.local_sweep", spy)
+    monkeypatch.setattr("fastreg.sweep.sharded_sweep", spied(sharded_sweep))
     return modes
 
 
