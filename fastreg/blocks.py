@@ -106,10 +106,11 @@ def block_sweep(
         return None
     of_group: list[tuple[Any, Any]] = []
     if mode is not Mode.VALUE:
+        factors = strengths, scale
         if on_host:
             # Floats save a pass over every block, and in host memory there is nothing to wait for.
-            strengths, scale = Strengths(*map(_on_host, strengths)), Scale(*map(_on_host, scale))
-        of_group = [strengths.of_group(group, scale) for group in range(n_groups)]
+            factors = Strengths(*map(_on_host, strengths)), Scale(*map(_on_host, scale))
+        of_group = [factors[0].of_group(group, factors[1]) for group in range(n_groups)]
     sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_groups)]
     memory = take_memory(device, CPU_BLOCK)
     try:

@@ -175,13 +175,14 @@ class ElasticNet:
     def _current(self) -> Work:
         """The weights with their groups and strengths, as they are now."""
         if not self._selection.is_current():
-            self._selection = Selection(self._params, *self._filters)
-            self._work = None
-        if self._work is not None and not torch.compiler.is_compiling():
+            self._selection, self._work = Selection(self._params, *self._filters), None
+        # A compiler must not look at the kept work, in which strengths are constants.
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and self._work is not None:
             return self._work
         l1, l2 = self.l1, self.l2
         work = self._selection.work(l1, l2, self._impl)
-        if not torch.compiler.is_compiling() and self._selection.makes_constants(l1, l2):
+        if not is_compiling and self._selection.makes_constants(l1, l2):
             self._work = work
         return work
 

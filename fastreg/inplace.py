@@ -1,6 +1,5 @@
 """The gradient into .grad and the proximal step into the weights, in memory that is checked before the first write."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +15,6 @@ from fastreg.strengths import UNSCALED, Scale, Strength, Strengths, per_group
 from fastreg.sweep import sweep_for
 from fastreg.work import Work
 
-_GRAD = operator.attrgetter("grad")
-
 
 def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True) -> Measure | None:
     """Adds the penalty's gradient to .grad, which is created where it is None, in one sweep.
@@ -28,7 +25,7 @@ def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True
     """
     run = sweep_for(work)
     layout = find_layout(work.weights, work.groups) if run is local_sweep else None
-    grads: list[Any] = list(map(_GRAD, work.weights))
+    grads: list[Any] = [w.grad for w in work.weights]
     if layout is not None and layout.accepts(grads):
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, layout=layout)
     else:

@@ -15,9 +15,6 @@ from fastreg.kinds import check_kinds
 from fastreg.strengths import Strength, Strengths, check_strength, per_group
 from fastreg.work import Work
 
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
-_VALUES = operator.methodcaller("values")
-
 
 class Selection:
     """The weights that count, with their names and the strengths of their groups."""
@@ -30,9 +27,9 @@ class Selection:
         ]
         self._lengths = list(map(len, self._contents))
         self._filled = [contained for contained in self._contents if contained]
-        self._contained = list(chain.from_iterable(map(_VALUES, self._filled)))
+        self._contained = list(chain.from_iterable([contained.values() for contained in self._filled]))
         self._tensors = [c.tensor for c in candidates]
-        self._requires_grad = list(map(_REQUIRES_GRAD, self._tensors))
+        self._requires_grad = [t.requires_grad for t in self._tensors]
         self._types = list(map(type, self._tensors))
         chosen = filtered(candidates, _trainable(candidates), include, exclude, modules)
         self.names = [c.name for c in chosen]
@@ -47,12 +44,18 @@ class Selection:
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
-        # Hundreds of modules, asked at every call: without a loop in Python.
+        # Hundreds of modules, asked at every call: a loop in Python for each question at most.
         return (
-            list(map(_REQUIRES_GRAD, self._tensors)) == self._requires_grad
+            [t.requires_grad for t in self._tensors] == self._requires_grad
             and list(map(type, self._tensors)) == self._types
             and list(map(len, self._contents)) == self._lengths
-            and all(map(operator.is_, chain.from_iterable(map(_VALUES, self._filled)), self._contained))
+            and all(
+                map(
+                    operator.is_,
+                    chain.from_iterable([contained.values() for contained in self._filled]),
+                    self._contained,
+                )
+            )
         )
 
     def makes_constants(self, l1: Strength, l2: Strength) -> bool:
