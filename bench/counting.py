@@ -1,11 +1,20 @@
 """Launches and bytes of the operators that PyTorch dispatches, autograd's own included."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# By how their names begin: what moves no memory, overwrites without reading, and fills new tensors.
+FREE = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense", "item")
+WRITES_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
+FILLS = ("ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor", "arange")
+# Of PyTorch's aten/src/ATen/native/cuda/MultiTensorApply.cuh: what fits the arguments of one launch, by the number of
+# lists, and the elements per block.
+MOST_TENSORS = (110, 64, 48, 36, 30)
+MOST_BLOCKS = 320
+CHUNK = 65536
 
 
 class Operation(NamedTuple):
@@ -29,10 +38,11 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        schema = func._schema
-        name = schema.name.removeprefix("aten::")
-        if not name.startswith(_FREE) and not _is_view(schema):
-            self.operations.append(_account(name, schema, args, kwargs or {}, result))
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        is_view = bool(aliases) and not writes and None not in aliases
+        if not is_view and not func._schema.name.removeprefix("aten::").startswith(FREE):
+            self.operations.append(_account(func._schema, args, kwargs or {}, result))
         return result
 
 
@@ -43,69 +53,54 @@ def count(call: Callable[[], object]) -> list[Operation]:
     return counted.operations
 
 
-def size(tensor: Tensor) -> int:
-    """The bytes that lie behind `tensor`."""
-    spans = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0 or n == 0]
-    return torch.Size(spans).numel() * tensor.element_size()
-
-
-_FREE = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense", "item")
-_WRITES_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
-_FILLS = ("ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor", "arange")
-
-
-def _is_view(schema: Any) -> bool:
-    writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-    return bool(schema.returns) and not writes and all(r.alias_info is not None for r in schema.returns)
-
-
-def _account(name: str, schema: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Operation:
+def _account(schema: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Operation:
+    name = schema.name.removeprefix("aten::")
     given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
-    changed, plain = [], []
+    read = written = 0
     for argument in schema.arguments:
-        tensors = _tensors(given.get(argument.name))
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
-        (changed if is_written else plain).append((argument, tensors))
-    written = sum(size(t) for _, tensors in changed for t in tensors)
-    read = sum(size(t) for _, tensors in plain for t in tensors)
-    if not name.startswith(_WRITES_ONLY):
-        read += sum(size(t) for argument, tensors in changed for t in tensors if not argument.kwarg_only)
-    if not changed:
-        written = sum(size(t) for t in _tensors(result))
-    if name.startswith(_FILLS):
+        n_bytes = _size(given.get(argument.name))
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        written += n_bytes * changed
+        # The tensor behind out= is written only.
+        read += n_bytes * (not changed or not (argument.kwarg_only or name.startswith(WRITES_ONLY)))
+    changes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+    if not changes:
+        written = _size(result)
+    if name.startswith(FILLS):
         read = 0
     lists = [value for value in given.values() if isinstance(value, list | tuple) and _tensors(value)]
-    multi = name.startswith(("_foreach", "_fused"))
-    # A multi-tensor operator that returns new tensors hands those to its kernel, too.
-    depth = len(lists) + (not changed and name != "_foreach_norm")
-    launches = multi_tensor_launches(_tensors(lists[0]), depth) if multi and lists else 1
+    launches = 1
+    if lists and name.startswith(("_foreach", "_fused")):
+        # A multi-tensor operator that returns new tensors hands those to its kernel, too.
+        launches = multi_tensor_launches(_tensors(lists[0]), len(lists) + (not changes and name != "_foreach_norm"))
     # The norm clears its partial sums first and adds them up in the end.
     return Operation(name, launches + 2 * (name == "_foreach_norm"), read, written)
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [each for each in value if isinstance(each, Tensor)] if isinstance(value, list | tuple) else []
+    values = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
 
 
-# Of PyTorch's aten/src/ATen/native/cuda/MultiTensorApply.cuh: what fits the arguments of one launch, by the number of
-# lists, and the elements per block.
-_MOST_TENSORS = (110, 64, 48, 36, 30)
-_MOST_BLOCKS = 320
-_CHUNK = 65536
+def _size(value: Any) -> int:
+    """The bytes that lie behind a tensor or a list of them."""
+    n_bytes = 0
+    for tensor in _tensors(value):
+        spans = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0 or n == 0]
+        n_bytes += Size(spans).numel() * tensor.element_size()
+    return n_bytes
 
 
 def multi_tensor_launches(tensors: Iterable[Tensor], depth: int) -> int:
-    """How many launches PyTorch's multi_tensor_apply cuts the lists into on a CUDA device."""
+    """How many launches PyTorch's multi_tensor_apply cuts `depth` lists like `tensors` into on a CUDA device."""
     launches = in_launch = blocks = 0
     for tensor in tensors:
-        chunks = -(-tensor.numel() // _CHUNK)
+        chunks = -(-tensor.numel() // CHUNK)
         in_launch += chunks > 0
         for chunk in range(chunks):
             blocks += 1
             last = chunk == chunks - 1
-            if blocks == _MOST_BLOCKS or (last and in_launch == _MOST_TENSORS[depth - 1]):
+            if blocks == MOST_BLOCKS or (last and in_launch == MOST_TENSORS[depth - 1]):
                 launches += 1
                 # A tensor that is not finished is handed to the next launch again.
                 blocks, in_launch = 0, int(not last)

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from bench import results
+from bench import internals, results
 from bench.counting import Operation, count
-from bench.models import DTYPES, MODELS, from_shapes, shapes_of
-from bench.peers import PEERS, methods, prepare
-from fastreg.plan import Mode, Part, plan_for
+from bench.internals import Mode
+from bench.models import DTYPES, MODELS, SHAPES, from_shapes
+from bench.peers import PEERS, Weights, methods, prepare
 
-TASKS = ("value", "backward", "add_grad", "prox")
 # Passes over the weights, reads and writes, that no method can do without.
 FLOOR_PASSES = {"value": 1, "backward": 3, "add_grad": 3, "prox": 2}
 
@@ -35,7 +33,6 @@ class Row(NamedTuple):
     read: int  # bytes
     written: int  # bytes
     passes: float  # bytes moved by the bytes of the weights
-    distance: float  # bytes moved by those of the floor
     operations: tuple[Operation, ...]
 
     def seconds(self, bandwidth: float, launch: float) -> float:
@@ -47,107 +44,79 @@ class Row(NamedTuple):
 def rows(models: Sequence[str], dtype: torch.dtype = torch.float32) -> Iterator[Row]:
     """Every method on every model."""
     for model in models:
-        weights = from_shapes(shapes_of(model), dtype, "meta")
-        for task in TASKS:
+        weights = from_shapes(SHAPES[model], dtype, "meta")
+        for task in FLOOR_PASSES:
             for method in methods(task):
                 if method in PEERS:
                     yield row(model, task, method, weights)
 
 
-def row(model: str, task: str, method: str, weights: Sequence[nn.Parameter]) -> Row:
+def row(model: str, task: str, method: str, weights: Weights) -> Row:
     """One method's account on `weights`, which may be on the meta device."""
-    operations = fastreg_operations(task, weights) if method == "fastreg" else _rival_operations(task, method, weights)
-    read, written = sum(o.read for o in operations), sum(o.written for o in operations)
-    n_bytes = sum(w.numel() * w.element_size() for w in weights)
-    passes = (read + written) / n_bytes
-    launches = sum(o.launches for o in operations)
-    return Row(model, task, method, launches, read, written, passes, passes / FLOOR_PASSES[task], tuple(operations))
+    if method == "fastreg":
+        operations = fastreg_operations(task, weights)
+    else:
+        for w in weights:
+            w.grad = torch.zeros_like(w)
+        operations = count(prepare(method, weights, 1e-5, 1e-4)[task])
+    launches, read, written = (sum(column) for column in list(zip(*operations, strict=True))[1:])
+    passes = (read + written) / sum(w.numel() * w.element_size() for w in weights)
+    return Row(model, task, method, launches, read, written, passes, tuple(operations))
 
 
-def fastreg_operations(task: str, weights: Sequence[nn.Parameter]) -> list[Operation]:
+def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
     """The kernels that fastreg launches on a GPU, with their tables."""
     if task == "value":
-        return _sweep(weights, Mode.VALUE, reduce=True)
-    if task == "backward":
-        forward, after = _sweep(weights, Mode.VALUE, reduce=True), _sweep(weights, Mode.ACCUMULATE, reduce=False)
-        # Autograd's own: the gradient of the loss with respect to itself.
-        return [*forward, Operation("ones_like", 1, 0, 4), *after]
+        return _sweep(weights, Mode.VALUE, with_value=True)
     if task == "add_grad":
-        return _sweep(weights, Mode.ACCUMULATE, reduce=True)
-    return _sweep(weights, Mode.PROX, reduce=False)
+        return _sweep(weights, Mode.ACCUMULATE, with_value=True)
+    if task == "prox":
+        return _sweep(weights, Mode.PROX, with_value=False)
+    # Between the sweeps, autograd's own: the gradient of the loss with respect to itself.
+    forward, after = _sweep(weights, Mode.VALUE, with_value=True), _sweep(weights, Mode.ACCUMULATE, with_value=False)
+    return [*forward, Operation("ones_like", 1, 0, 4), *after]
 
 
-def _sweep(weights: Sequence[nn.Parameter], mode: Mode, reduce: bool) -> list[Operation]:
-    plan = plan_for(weights, [0] * len(weights))
-    operations = []
-    n_chunks = 0
-    for parts in plan.shards.values():
-        for part in parts:
-            operations.append(_sweep_kernel(part, mode, reduce))
-            n_chunks += part.tables.chunk_tensor.numel()
-    if reduce:
+def _sweep(weights: Weights, mode: Mode, with_value: bool) -> list[Operation]:
+    operations, partials = [], 0
+    reads_grads, writes = mode == Mode.ACCUMULATE, mode != Mode.VALUE
+    for part in internals.parts_of(weights):
+        n_bytes, n_chunks = internals.n_bytes(part), internals.n_chunks(part)
+        # Per chunk: its tensor's number, that tensor's row, and the gradient's address.
+        read = n_bytes * (1 + reads_grads) + n_chunks * (4 + 32 + 8 * reads_grads)
+        operations.append(Operation("_sweep_kernel", 1, read, n_bytes * writes + 16 * n_chunks * with_value))
+        partials += 16 * n_chunks
+    if with_value:
         # Two programs read all partial sums: one for the value, one for the sums of the one strength group.
-        operations.append(Operation("_finish_kernel", 1, 2 * 16 * n_chunks, 3 * 4 + 16))
+        operations.append(Operation("_finish_kernel", 1, 2 * partials, 3 * 4 + 16))
     return operations
 
 
-def _sweep_kernel(part: Part, mode: Mode, reduce: bool) -> Operation:
-    n_bytes = sum(part.numels) * torch.empty((), dtype=part.dtype).element_size()
-    n_chunks = part.tables.chunk_tensor.numel()
-    grads_read = mode == Mode.ACCUMULATE
-    # Per chunk: its tensor's number, that tensor's row, and the gradient's address.
-    tables = n_chunks * (4 + 32 + 8 * grads_read)
-    read = n_bytes * (1 + grads_read) + tables
-    written = n_bytes * (mode != Mode.VALUE) + 16 * n_chunks * reduce
-    return Operation("_sweep_kernel", 1, read, written)
-
-
-def _rival_operations(task: str, method: str, weights: Sequence[nn.Parameter]) -> list[Operation]:
-    for w in weights:
-        w.grad = torch.zeros_like(w)
-    return count(prepare(method, weights, 1e-5, 1e-4)[task])
-
-
-def table(found: Sequence[Row], bandwidth: float | None, launch: float | None, measured: dict[str, float]) -> list[str]:
-    """Markdown, a row per method; predictions where both figures are given, measurements where there are some."""
+def table(found: Sequence[Row], speed: tuple[float, float] | None, measured: dict[tuple[str, ...], float]) -> list[str]:
+    """Markdown, a row per method; predictions if bandwidth and launch are given, measurements where there are some."""
     header = ["model", "task", "method", "launches", "read, MB", "written, MB", "passes", "x floor"]
-    predicts = bandwidth is not None and launch is not None
-    header += ["predicted, µs"] * predicts + ["measured, µs"] * bool(measured)
-    lines = [_line(header), _line(["---"] * 3 + ["---:"] * (len(header) - 3))]
+    header += ["predicted, µs"] * bool(speed) + ["measured, µs"] * bool(measured)
+    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for each in found:
-        cells = [each.model, each.task, each.method, f"{each.launches:,}", _mb(each.read), _mb(each.written)]
-        cells += [f"{each.passes:.2f}", f"{each.distance:.2f}"]
-        if bandwidth is not None and launch is not None:
-            cells.append(f"{each.seconds(bandwidth, launch) * 1e6:,.0f}")
+        cells = [*each[:3], f"{each.launches:,}", f"{each.read / 1e6:,.1f}", f"{each.written / 1e6:,.1f}"]
+        cells += [f"{each.passes:.2f}", f"{each.passes / FLOOR_PASSES[each.task]:.2f}"]
+        if speed:
+            cells.append(f"{each.seconds(*speed) * 1e6:,.0f}")
         if measured:
-            time = measured.get(_key(each.model, each.task, each.method))
-            cells.append("not measured yet" if time is None else f"{time * 1e6:,.0f}")
-        lines.append(_line(cells))
-    return lines
+            seconds = measured.get(each[:3])
+            cells.append("not measured yet" if seconds is None else f"{seconds * 1e6:,.0f}")
+        lines.append(cells)
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def gpu_measurements(folder: Path, dtype: str) -> tuple[dict[str, float], str | None]:
-    """The medians of the first GPU's results in `folder`, in seconds, and that GPU's name."""
+def gpu_measurements(folder: Path, dtype: str) -> tuple[dict[tuple[str, ...], float], str | None]:
+    """The medians of the first GPU's results in `folder`, in seconds by model, task and method; and its name."""
     for result in results.read(folder):
-        cases = [
-            c for c in result["cases"] if c["dtype"] == dtype and c["status"] == "measured" and c["question"] in TASKS
-        ]
-        if result["environment"]["device_type"] == "cuda" and cases:
-            found = {_key(c["label"], c["task"], c["method"]): c["seconds"]["p50"] for c in cases}
+        cases = [c for c in result["cases"] if c["dtype"] == dtype and c["status"] == "measured"]
+        found = {(c["label"], c["task"], c["method"]): c["seconds"]["p50"] for c in cases if c["label"] in SHAPES}
+        if result["environment"]["device_type"] == "cuda" and found:
             return found, result["environment"]["device"]
     return {}, None
-
-
-def _key(*names: str) -> str:
-    return "/".join(names)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _mb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,22 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bandwidth", type=float, help="GB/s that the device copies at, for predictions")
     parser.add_argument("--launch-us", type=float, help="microseconds per launch, for predictions")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="a folder with GPU measurements")
-    parser.add_argument("--out", type=Path, help="a file for the table, which is printed otherwise")
     options = parser.parse_args(arguments)
     if (options.bandwidth is None) != (options.launch_us is None):
         parser.error("a prediction needs both --bandwidth and --launch-us")
-    bandwidth = None if options.bandwidth is None else options.bandwidth * 1e9
-    launch = None if options.launch_us is None else options.launch_us * 1e-6
+    speed = None if options.bandwidth is None else (options.bandwidth * 1e9, options.launch_us * 1e-6)
     measured, device = gpu_measurements(options.results, options.dtype)
     found = list(rows(options.models.split(","), DTYPES[options.dtype]))
-    lines = table(found, bandwidth, launch, measured)
+    print("\n".join(table(found, speed, measured)))
     if device is not None:
-        lines += ["", f"Measured on {device}."]
-    text = "\n".join(lines) + "\n"
-    if options.out is None:
-        print(text, end="")
-    else:
-        options.out.write_text(text)
+        print(f"\nMeasured on {device}.")
 
 
 if __name__ == "__main__":
