@@ -210,24 +210,20 @@ def parse(text: str) -> Code:
 def full_block_loop(code: Code) -> list[Instruction]:
     """The first loop that reads or writes global memory without a mask; empty if there is none.
 
-    A mask is a predicate on the access, or in AMD's assembly a change of the execution mask around it.
+    A loop is what stands from a label to a branch back to it. A mask is a predicate on the access, or in AMD's assembly
+    a change of the execution mask around it.
     """
-    for body in loops(code):
-        guards = [i.guard for i in body if access(i.opcode)]
-        if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
-            return body
-    return []
-
-
-def loops(code: Code) -> Iterator[list[Instruction]]:
-    """The instructions from a label to a branch back to it, for every such branch."""
     labels = list(code)
     for last, label in enumerate(labels):
         for end, instruction in enumerate(code[label], 1):
             target = re.search(r"[.$]L\w+", instruction.operands)
             if target and BRANCH.match(instruction.opcode) and target[0] in labels[: last + 1]:
-                first = labels.index(target[0])
-                yield [*itertools.chain(*(code[name] for name in labels[first:last])), *code[label][:end]]
+                before = (code[name] for name in labels[labels.index(target[0]) : last])
+                body = [*itertools.chain(*before), *code[label][:end]]
+                guards = [i.guard for i in body if access(i.opcode)]
+                if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
+                    return body
+    return []
 
 
 def access(opcode: str) -> tuple[str, int] | None:

@@ -21,6 +21,8 @@ PASSES = {"value": 1, "backward": 4, "add_grad": 3, "prox": 2}
 # Compiling hundreds of tensors for a CPU takes minutes per case: two models show what it comes to.
 COMPILED_ON_CPU = ("mnist_mlp", "resnet50")
 
+What = tuple[str, str, str, str]  # question, task, label, method
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "fastreg benchmarks")
@@ -86,14 +88,7 @@ class Session:
         return self._weights[1]
 
     def run(
-        self,
-        benchmark: Any,
-        what: tuple[str, str, str, str],  # question, task, label, method
-        weights: Weights,
-        found: Found,
-        call: Call,
-        reference: Call,
-        before: Call = lambda: None,
+        self, benchmark: Any, what: What, weights: Weights, found: Found, call: Call, reference: Call, before: Call
     ) -> None:
         """Measures `call` next to `reference`, but not if it was found wrong; either way it is recorded."""
         _, task, _, method = what
@@ -104,15 +99,15 @@ class Session:
             self._record({**case, "status": "failed", "reason": found.reason}, found.reason)
             (pytest.fail if method.startswith("fastreg") else pytest.skip)(f"not timed: {found.reason}")
         case |= {"status": "measured", **self.harness.measure(benchmark, call, reference, before)}
-        time = case["seconds"]["p50"]
+        seconds = case["seconds"]["p50"]
         if task in PASSES:
-            copy, moved = self._copy_bandwidth(), PASSES[task] * case["n_weights"] * weights[0].element_size()
-            case |= {"bytes": moved, "bytes_per_second": moved / time, "share_of_copy": moved / time / copy}
+            moved, copy = PASSES[task] * case["n_weights"] * weights[0].element_size(), self._copy_bandwidth()
+            case |= {"bytes": moved, "bytes_per_second": moved / seconds, "share_of_copy": moved / seconds / copy}
             case["copy_bytes_per_second"] = copy
         case |= self.harness.costs(call, count_launches=self.harness.on_gpu or method not in COMPILED)
         before()
         benchmark.extra_info.update(case)
-        self._record(case, f"{time * 1e3:10.3f} ms, {case['ratio']['p50']:8.2f} x reference")
+        self._record(case, f"{seconds * 1e3:10.3f} ms, {case['ratio']['p50']:8.2f} x reference")
 
     def _record(self, case: results.Case, outcome: str) -> None:
         self.cases.append(case)

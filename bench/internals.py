@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastreg import plan, recall
-from fastreg.plan import BLOCK, CPU_BLOCK, Mode, Part, plan_for
+from fastreg.plan import BLOCK, Mode, Part, plan_for
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 from fastreg.sweep import sweep
 
@@ -16,7 +16,7 @@ try:
 except ImportError:  # there is no Triton for this machine
     launch = None  # type: ignore[assignment]
 
-__all__ = ["BLOCK", "CPU_BLOCK", "UNSCALED", "Mode", "Scale", "Strength"]
+__all__ = ["BLOCK", "UNSCALED", "Mode", "Scale", "Strength"]
 
 
 def one_sweep(weights: Sequence[Tensor], mode: Mode, l1: float, l2: float, impl: str, **keywords: Any) -> Any:

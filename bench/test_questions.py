@@ -9,15 +9,13 @@ from torch import nn
 
 import fastreg
 from bench.check import Found, check, restore
-from bench.conftest import SESSION, Session
+from bench.conftest import SESSION, Session, What
 from bench.models import SHAPES, Shapes, n_weights
 from bench.peers import COMPILED, L1, L2, LR, PEERS, methods, prepare
 
 TASKS = ("backward", "add_grad", "value", "prox")
 STEP_LR = 1e-5  # small, so that the weights stay what they are
 BATCH = 64
-
-What = tuple[str, str, str, str]  # question, task, label, method
 
 
 def cases(bench: Session) -> Iterator[tuple[What, Shapes]]:
@@ -126,4 +124,4 @@ def test_step(benchmark: Any, bench: Session, network: Callable[[], Any], method
     what = ("step", "step", network.__name__, method)
     step, weights, found = training_step(network, method, like)
     plain, _, _ = training_step(network, PLAIN, like)
-    bench.run(benchmark, what, weights, found(), step, plain)
+    bench.run(benchmark, what, weights, found(), step, plain, before=lambda: None)
