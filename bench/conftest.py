@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from bench import models, results
-from bench.check import Found, zero_grads
 from bench.harness import Call, Harness
-from bench.peers import COMPILED, Weights
+from bench.peers import COMPILED, Found, Weights, zero_grads
 
 # Passes over the weights that each task must make, reads and writes together, in fastreg's design; through backward,
 # one in the forward pass and three after it.

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.counting import count
+from bench.ledger import count
 
 MOST_ROUNDS, LEAST_ROUNDS = 200, 5
 COPY_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import fastreg
-from bench.check import Found, check, restore
 from bench.conftest import SESSION, Session, What
 from bench.models import SHAPES, Shapes, n_weights
-from bench.peers import COMPILED, L1, L2, LR, PEERS, methods, prepare
+from bench.peers import COMPILED, L1, L2, LR, PEERS, Found, check, methods, prepare, restore
 
 TASKS = ("backward", "add_grad", "value", "prox")
 STEP_LR = 1e-5  # small, so that the weights stay what they are

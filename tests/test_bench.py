@@ -6,18 +6,18 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
 from bench import internals, ledger, report, results, tune
-from bench.check import Found, check, zero_grads
 from bench.conftest import Session
-from bench.counting import count, multi_tensor_launches
 from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles, ratios
+from bench.ledger import count, multi_tensor_launches
 from bench.models import MODELS, SHAPES, from_shapes, n_weights
-from bench.peers import L1, L2, PEERS, methods, prepare
+from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
 from fastreg import plan
 
 CPU = torch.device("cpu")
@@ -187,10 +187,10 @@ def test_every_round_follows_a_round_of_the_reference() -> None:
     assert LEAST_ROUNDS <= harness.measure(FakeBenchmark(), call, reference)["rounds"] <= 200
 
 
-def test_a_wrong_peer_is_recorded_but_not_timed(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_a_wrong_peer_is_recorded_but_not_timed(tmp_path: Path) -> None:
     option = {"device": "cpu", "dtype": "float32", "budget": 0.0, "rounds": 2, "models": None, "compiled": None}
     options = SimpleNamespace(results=tmp_path / "x.json", **{f"bench_{name}": value for name, value in option.items()})
-    session = Session(SimpleNamespace(option=options, pluginmanager=pytestconfig.pluginmanager))  # type: ignore[arg-type]
+    session = Session(SimpleNamespace(option=options, pluginmanager=MagicMock()))  # type: ignore[arg-type]
     session._copy = math.inf, 1e9
     benchmark: Any = FakeBenchmark()
     benchmark.extra_info = {}
@@ -293,7 +293,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_stored_results_make_the_document_and_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "LEDGER_MODELS", ())  # what is counted may change with PyTorch
-    monkeypatch.setattr(report.plots, "_save", lambda figure, source, path: report.plots.plt.close(figure))
+    monkeypatch.setattr(report, "_save", lambda figure, source, path: report.plt.close(figure))
     found, document = results.read(), (results.ROOT / "docs" / "benchmarks.md").read_text()
     assert report.report(found, tmp_path / "img").split("## Launches")[0] == document.split("## Launches")[0]
     assert report.readme_block(found) in (results.ROOT / "README.md").read_text()
