@@ -107,15 +107,15 @@ class Harness:
         """What `call` takes besides time on the device; None where that cannot be known."""
         repeats = timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1) if self.on_gpu else None
         return {
-            "launches": launches(call, self.on_gpu) if count_launches else None,
-            "peak_extra_bytes": peak_extra_bytes(call, self.on_gpu),
+            "launches": launches(call, self.device) if count_launches else None,
+            "peak_extra_bytes": peak_extra_bytes(call, self.device),
             "host_seconds": repeats and statistics.median(repeats),  # until the call returns to a host that is idle
         }
 
 
-def launches(call: Call, on_gpu: bool = False) -> int:
+def launches(call: Call, device: torch.device) -> int:
     """The kernels, fills and copies that a call launches on a GPU; elsewhere the operators that it dispatches."""
-    if not on_gpu:
+    if device.type != "cuda":
         return len(count(call))
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -125,15 +125,15 @@ def launches(call: Call, on_gpu: bool = False) -> int:
     return sum(not getattr(event, "is_user_annotation", False) for event in on_device)
 
 
-def peak_extra_bytes(call: Call, on_gpu: bool = False) -> int:
+def peak_extra_bytes(call: Call, device: torch.device) -> int:
     """The most memory that a call holds at any moment beyond what was held before it."""
-    if on_gpu:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     result: Any = profiler.profiler
