@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
-from fastreg.kernels import launch
-from fastreg.plan import BLOCK, Mode, plan_for
-from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
+from bench.internals import BLOCK, UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
 
 TABLE = Path(__file__).parents[1] / "docs" / "codegen.md"
-
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -73,14 +71,6 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Instruction(NamedTuple):
-    """A line of PTX, SASS or AMD assembly."""
-
-    guard: str  # the predicate without which it does nothing; AMD has none
-    opcode: str
-    operands: str
-
-
 class Report(NamedTuple):
     """What was found in a compiled kernel; `loads` and `stores` are those of the loop over full blocks."""
 
@@ -92,52 +82,34 @@ class Report(NamedTuple):
     stores: Counter[int]
 
 
-class _Recorder:
-    """Stands in for Triton's driver, and refuses every compilation after noting it: nothing is compiled or run."""
+def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
+    """The kernels that `call` would launch on `target`; nothing is compiled or run."""
+    found = []
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.launches: list[Launch] = []
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> str:
-        return str(self._target)  # the JIT keeps one cache per device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def refuse(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def refuse(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         options = {name: compile[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
         (attributes,) = compile["configs"]
-        self.launches.append(Launch(fn.jit_function, compile["signature"], compile["constants"], attributes, options))
+        found.append(Launch(fn.jit_function, compile["signature"], compile["constants"], attributes, options))
         return True
 
-
-def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
-    """The kernels that `call` would launch on `target`."""
-    recorder = _Recorder(target)
-    driver.set_active(recorder)
+    stand_in = SimpleNamespace(get_current_target=lambda: target, get_current_stream=lambda device: 0)
+    stand_in.get_current_device = lambda: str(target)  # the JIT keeps one cache per device
+    driver.set_active(stand_in)
     try:
         with knobs.runtime.scope():
-            knobs.runtime.jit_cache_hook = recorder.refuse
+            knobs.runtime.jit_cache_hook = refuse
             call()
     finally:
         driver.set_active(None)  # found again at the next use
-    return recorder.launches
+    return found
 
 
 def sweep_once(
     variant: Variant, weights: Sequence[torch.Tensor], strength: Strength, scale: Scale = UNSCALED
 ) -> object:
     """The launcher's work for one sweep: the last of several weights is a strength group of its own."""
-    plan = plan_for(weights, [0] * (len(weights) - 1) + [int(len(weights) > 1)])
-    (parts,) = plan.shards.values()
-    grads = weights if variant.mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None
-    value_dtype = plan.value_dtype if variant.reduce else None
-    strengths = Strengths(strength, strength)
-    return launch.sweep(parts, variant.mode, weights, grads, strengths, scale, plan.n_groups, value_dtype)
+    groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
+    return launch_kernels(weights, groups, variant.mode, strength, scale, variant.reduce)
 
 
 def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[str, Launch]:
@@ -164,20 +136,25 @@ def compiled(variant: str, dtype: str, target: str) -> dict[str, CompiledKernel]
 
 def inspect(kernel: CompiledKernel) -> Report:
     """Reads what the compiler says of a kernel, and its text: PTX or AMD assembly."""
-    code = parse(kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"])
-    accesses = [found for i in full_block_loop(code) if (found := access(i.opcode))]
-    return Report(
-        *_resources(kernel.asm),
-        kernel.metadata.shared,
-        sum(bool(_ATOMIC.match(i.opcode)) for i in itertools.chain(*code.values())),
-        Counter(width for kind, width in accesses if kind == "load"),
-        Counter(width for kind, width in accesses if kind == "store"),
-    )
+    asm = kernel.asm
+    if "cubin" in asm:
+        text, form = tool("cuobjdump", "--dump-resource-usage", asm["cubin"]), r"\b{}:(\d+)"
+        names = "REG", "STACK", "LOCAL"
+    else:
+        text, form = asm["amdgcn"], r"\s\.{}: +(\d+)"
+        names = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
+    registers, *scratch = (int(found) for name in names for found in re.findall(form.format(name), text))
+    assert len(scratch) == len(names) - 1, "one figure for each name"
+    code = parse(asm["ptx"] if "ptx" in asm else asm["amdgcn"])
+    atomics = sum(bool(ATOMIC.match(i.opcode)) for i in itertools.chain(*code.values()))
+    accesses = Counter(found for i in full_block_loop(code) if (found := access(i.opcode)))
+    widths = [Counter({w: n for (kind, w), n in accesses.items() if kind == wanted}) for wanted in ("load", "store")]
+    return Report(registers, sum(scratch), kernel.metadata.shared, atomics, *widths)
 
 
 def machine_loop(kernel: CompiledKernel) -> Counter[str]:
     """The machine instructions of the loop over full blocks: how often each opcode occurs."""
-    text = kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else _tool("nvdisasm", "--print-code", kernel.asm["cubin"])
+    text = kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else tool("nvdisasm", "--print-code", kernel.asm["cubin"])
     return Counter(i.opcode for i in full_block_loop(parse(text)))
 
 
@@ -190,7 +167,8 @@ def missing_tool() -> str | None:
     return None
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str:
+def tool(name: str, option: str, cubin: bytes) -> str:
+    """What one of NVIDIA's tools prints of a CUDA binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -198,31 +176,23 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _resources(asm: Any) -> tuple[int, int]:
-    """Registers, and scratch memory with spills, as `Report` has them."""
-    if "cubin" in asm:
-        text = _tool("cuobjdump", "--dump-resource-usage", asm["cubin"])
-        registers, *scratch = (int(_only(rf"\b{name}:(\d+)", text)) for name in ("REG", "STACK", "LOCAL"))
-    else:
-        names = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
-        registers, *scratch = (int(_only(rf"\s\.{name}: +(\d+)", asm["amdgcn"])) for name in names)
-    return registers, sum(scratch)
+class Instruction(NamedTuple):
+    """A line of PTX, SASS or AMD assembly."""
 
-
-def _only(pattern: str, text: str) -> str:
-    (found,) = re.findall(pattern, text)
-    return found
+    guard: str  # the predicate without which it does nothing; AMD has none
+    opcode: str
+    operands: str
 
 
 Code = dict[str, list[Instruction]]  # what follows each label, in the order of the text
 
-_LABEL = re.compile(r"([.$]L\w+):")
-_INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/\s+)?(?:@(!?%?\w+)\s+)?([A-Za-z][\w.:]*)([^;\n]*)")
-_BRANCH = re.compile(r"bra\b|BRA\b|s_c?branch")
-_ATOMIC = re.compile(r"atom\b|red\b|(global|flat|buffer)_atomic")
-_PTX_ACCESS = re.compile(r"(ld|st)\.global\b.*?(?:\.v(\d))?\.[bfsu](\d+)$")
-_SASS_ACCESS = re.compile(r"(LD|ST)G?\.E\b(?:.*\.[US]?(8|16|64|128|256)\b)?")
-_AMD_ACCESS = re.compile(r"(?:global|flat|buffer)_(load|store)_[us]?(dword|short|byte)(?:x(\d))?")
+LABEL = re.compile(r"([.$]L\w+):")
+INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/\s+)?(?:@(!?%?\w+)\s+)?([A-Za-z][\w.:]*)([^;\n]*)")
+BRANCH = re.compile(r"bra\b|BRA\b|s_c?branch")
+ATOMIC = re.compile(r"atom\b|red\b|(global|flat|buffer)_atomic")
+PTX_ACCESS = re.compile(r"(ld|st)\.global\b.*?(?:\.v(\d))?\.[bfsu](\d+)$")
+SASS_ACCESS = re.compile(r"(LD|ST)G?\.E\b(?:.*\.[US]?(8|16|64|128|256)\b)?")
+AMD_ACCESS = re.compile(r"(?:global|flat|buffer)_(load|store)_[us]?(dword|short|byte)(?:x(\d))?")
 
 
 def parse(text: str) -> Code:
@@ -230,9 +200,9 @@ def parse(text: str) -> Code:
     code: Code = {"": []}
     block = code[""]
     for line in text.splitlines():
-        if label := _LABEL.match(line):
+        if label := LABEL.match(line):
             block = code.setdefault(label[1], [])
-        elif found := _INSTRUCTION.match(line):
+        elif found := INSTRUCTION.match(line):
             block.append(Instruction(found[1] or "", found[2], found[3]))
     return code
 
@@ -240,82 +210,71 @@ def parse(text: str) -> Code:
 def full_block_loop(code: Code) -> list[Instruction]:
     """The first loop that reads or writes global memory without a mask; empty if there is none.
 
-    A mask is a predicate on the access, or in AMD's assembly a change of the execution mask around it.
+    A loop is what stands from a label to a branch back to it. A mask is a predicate on the access, or in AMD's assembly
+    a change of the execution mask around it.
     """
-    for body in _loops(code):
-        guards = [i.guard for i in body if access(i.opcode)]
-        if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
-            return body
-    return []
-
-
-def _loops(code: Code) -> Iterator[list[Instruction]]:
-    """The instructions from a label to a branch back to it, for every such branch."""
     labels = list(code)
     for last, label in enumerate(labels):
         for end, instruction in enumerate(code[label], 1):
             target = re.search(r"[.$]L\w+", instruction.operands)
-            if target and _BRANCH.match(instruction.opcode):
-                first = labels.index(target[0])
-                if first <= last:
-                    yield [*itertools.chain(*(code[name] for name in labels[first:last])), *code[label][:end]]
+            if target and BRANCH.match(instruction.opcode) and target[0] in labels[: last + 1]:
+                before = (code[name] for name in labels[labels.index(target[0]) : last])
+                body = [*itertools.chain(*before), *code[label][:end]]
+                guards = [i.guard for i in body if access(i.opcode)]
+                if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
+                    return body
+    return []
 
 
 def access(opcode: str) -> tuple[str, int] | None:
     """("load" or "store", bytes per thread) of an instruction on global memory, None of any other."""
-    if found := _PTX_ACCESS.match(opcode):
+    if found := PTX_ACCESS.match(opcode):
         return "load" if found[1] == "ld" else "store", int(found[2] or 1) * int(found[3]) // 8
-    if found := _SASS_ACCESS.match(opcode):
+    if found := SASS_ACCESS.match(opcode):
         return "load" if found[1] == "LD" else "store", int(found[2] or 32) // 8
-    if found := _AMD_ACCESS.match(opcode):
+    if found := AMD_ACCESS.match(opcode):
         return found[1], {"dword": 4, "short": 2, "byte": 1}[found[2]] * int(found[3] or 1)
     return None
 
 
-def _table(target: str) -> Iterator[str]:
+def table(target: str) -> Iterator[str]:
     """The lines of one target's table: a row per variant and dtype, and one for each different `_finish_kernel`."""
     yield "| kernel | variant | dtype | registers | scratch | shared | atomics | loads | stores | loop | per element |"
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |"
-    elements = BLOCK // (TARGETS[target].warp_size * launch.NUM_WARPS)
+    elements = BLOCK // (TARGETS[target].warp_size * kernel_settings()["NUM_WARPS"])
     finished = set()
     for variant, dtype in CASES:
         kernels = compiled(variant, dtype, target)
         report, length = inspect(kernels["_sweep_kernel"]), machine_loop(kernels["_sweep_kernel"]).total()
         widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
-        yield _row("_sweep_kernel", variant, dtype, *report[:4], *widths, length, f"{length / elements:.1f}")
-        if "_finish_kernel" in kernels and kernels["_finish_kernel"].hash not in finished:
-            finished.add(kernels["_finish_kernel"].hash)
-            yield _row("_finish_kernel", variant, dtype, *inspect(kernels["_finish_kernel"])[:4], "", "", "", "")
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+        rows = [["_sweep_kernel", variant, dtype, *report[:4], *widths, length, f"{length / elements:.1f}"]]
+        finish = kernels.get("_finish_kernel")
+        if finish is not None and finish.hash not in finished:
+            finished.add(finish.hash)
+            rows.append(["_finish_kernel", variant, dtype, *inspect(finish)[:4], "", "", "", ""])
+        yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def document() -> str:
     """The contents of docs/codegen.md."""
-    lines = [
-        "# What the compiler makes of the kernels",
-        "",
-        "Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.codegen` with",
-        f"Triton {triton.__version__}, for the launches that fastreg makes: blocks of {BLOCK} elements, "
-        f"{launch.NUM_WARPS} warps.",
-        "",
-        "- registers: per thread (AMD: vector registers); scratch: bytes of stack and local memory, and spills",
-        "- loads, stores: accesses to global memory per thread in the loop over full blocks, and the width of each",
-        "- shared: bytes of shared memory per program; atomics: atomic instructions of any kind",
-        "- loop: instructions in that loop, which handles one block, and the same per element",
-        "- variants: scaled, by an upstream gradient on the device; grouped, strengths of two groups on the device",
-    ]
+    lines = f"""# What the compiler makes of the kernels
+
+Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.codegen` with
+Triton {triton.__version__}, for the launches that fastreg makes: blocks of {BLOCK} elements, \
+{kernel_settings()["NUM_WARPS"]} warps.
+
+- registers: per thread (AMD: vector registers); scratch: bytes of stack and local memory, and spills
+- loads, stores: accesses to global memory per thread in the loop over full blocks, and the width of each
+- shared: bytes of shared memory per program; atomics: atomic instructions of any kind
+- loop: instructions in that loop, which handles one block, and the same per element
+- variants: scaled, by an upstream gradient on the device; grouped, strengths of two groups on the device""".split("\n")
     for name, target in TARGETS.items():
-        lines += ["", f"## {name} ({target.backend}, {target.warp_size} threads per warp)", "", *_table(name)]
+        lines += ["", f"## {name} ({target.backend}, {target.warp_size} threads per warp)", "", *table(name)]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     if problem := missing_tool():
         raise SystemExit(problem)
-    text = document()
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(text)
-    print(text, end="")
+    TABLE.write_text(document())
+    print(f"wrote {TABLE}")

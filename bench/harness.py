@@ -1,42 +1,39 @@
-"""One measurement: rounds of a call, each next to a round of what it is compared with."""
+"""One measurement: rounds of a call, each right after a round of what it is compared with."""
 
-import math
 import statistics
+import time
+import timeit
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from bench import profiling
-from bench.clock import clock_for, host_seconds, seconds
+from bench.ledger import count
 
-# Passes over the weights that each task must make, reads and writes together, in fastreg's design; through backward,
-# one in the forward pass and three after it.
-PASSES = {"value": 1, "backward": 4, "add_grad": 3, "prox": 2}
-MOST_ROUNDS = 200
-LEAST_ROUNDS = 5
+MOST_ROUNDS, LEAST_ROUNDS = 200, 5
 COPY_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
-
-class Quantiles(NamedTuple):
-    """p20, p50 and p80."""
-
-    p20: float
-    p50: float
-    p80: float
+Call = Callable[[], object]
 
 
-def quantiles(values: Sequence[float]) -> Quantiles:
-    """Linear interpolation between the two nearest values."""
-    ordered = sorted(values)
+class CudaInstant:
+    """A point in the stream. Making one waits for nothing; a difference of two waits for the later one."""
 
-    def at(q: float) -> float:
-        position = q * (len(ordered) - 1)
-        low = math.floor(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
 
-    return Quantiles(at(0.2), at(0.5), at(0.8))
+    def __sub__(self, earlier: "CudaInstant") -> float:
+        self.event.synchronize()
+        return float(earlier.event.elapsed_time(self.event)) / 1e3  # seconds
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80, by linear interpolation."""
+    return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
 def ratios(times: Sequence[float], references: Sequence[float]) -> list[float]:
@@ -45,20 +42,32 @@ def ratios(times: Sequence[float], references: Sequence[float]) -> list[float]:
 
 
 class Harness:
-    """Measures on one device in one dtype.
-
-    Args:
-        budget: seconds that the rounds of a case may take, more or less.
-        rounds: how many, or None for as many as fit the budget.
-    """
+    """Measures on one device in one dtype, in `rounds`, or if None in as many as fit `budget` seconds."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, budget: float, rounds: int | None) -> None:
-        self.device, self.dtype = device, dtype
-        self.budget, self.rounds = budget, rounds
-        self.clock = clock_for(device)
-        self._floor: tuple[int, Callable[[], object]] | None = None
+        self.device, self.dtype, self.budget, self.rounds = device, dtype, budget, rounds
+        self.on_gpu = device.type == "cuda"
+        # Only differences of what it returns are taken.
+        self.timer: Callable[[], Any] = CudaInstant if self.on_gpu else time.perf_counter
+        self._floor: tuple[int, Call] | None = None
+        if self.on_gpu:
+            l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            self._flush = torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.int8, device=device)
 
-    def floor(self, n: int) -> Callable[[], object]:
+    def cool(self) -> None:
+        """On a GPU, evicts everything from L2. The host runs on meanwhile, so that no launch's latency is timed."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            self._flush.zero_()
+
+    def seconds(self, call: Call) -> float:
+        """One timed call."""
+        self.cool()
+        start = self.timer()
+        call()
+        return float(self.timer() - start)
+
+    def floor(self, n: int) -> Call:
         """`g.add_(w, alpha=c)` over one flat tensor of n elements: the three passes that no gradient can do without."""
         if self._floor is None or self._floor[0] != n:
             self._floor = None  # gives back the memory of the last before it takes that of the next
@@ -71,59 +80,66 @@ class Harness:
         """Bytes per second that one tensor's copy into another reads and writes; both are larger than any cache."""
         source = torch.zeros(COPY_ELEMENTS[self.device.type], device=self.device)
         target = torch.zeros_like(source)
-        times = [seconds(self.clock, lambda: target.copy_(source)) for _ in range(7)]
+        times = [self.seconds(lambda: target.copy_(source)) for _ in range(7)]
         return 2 * source.numel() * source.element_size() / statistics.median(times)
 
-    def measure(
-        self,
-        benchmark: Any,
-        call: Callable[[], object],
-        reference: Callable[[], object],
-        before: Callable[[], object] = lambda: None,
-    ) -> dict[str, Any]:
-        """Times `call` with pytest-benchmark, each round right after one of `reference`.
-
-        Args:
-            benchmark: the fixture, with the timer of this device.
-            before: called untimed ahead of each round.
-        """
+    def measure(self, benchmark: Any, call: Call, reference: Call, before: Call = lambda: None) -> dict[str, Any]:
+        """Times `call` with pytest-benchmark, each round right after one of `reference`; `before` is not timed."""
         references: list[float] = []
 
         def setup() -> None:
             before()
-            references.append(seconds(self.clock, reference))
-            self.clock.cool()
+            references.append(self.seconds(reference))
+            self.cool()
 
         call()
-        rounds = self.rounds or self._rounds(call, reference)
+        rounds = self.rounds
+        if rounds is None:
+            once = min(self.seconds(call) + self.seconds(reference) for _ in range(2))
+            least = 3 if once > self.budget else LEAST_ROUNDS
+            rounds = max(least, min(MOST_ROUNDS, int(self.budget / once)))
         benchmark.pedantic(call, setup=setup, rounds=rounds)
         times = benchmark.stats.stats.data
-        return {
-            "rounds": rounds,
-            "seconds": quantiles(times)._asdict(),
-            "reference_seconds": quantiles(references)._asdict(),
-            "ratio": quantiles(ratios(times, references))._asdict(),
-        }
+        found = {"seconds": times, "reference_seconds": references, "ratio": ratios(times, references)}
+        return {"rounds": rounds, **{name: quantiles(values) for name, values in found.items()}}
 
-    def costs(self, call: Callable[[], object], count_launches: bool = True) -> dict[str, Any]:
+    def costs(self, call: Call, count_launches: bool = True) -> dict[str, Any]:
         """What `call` takes besides time on the device; None where that cannot be known."""
+        repeats = timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1) if self.on_gpu else None
         return {
-            "launches": profiling.launches(call, self.device) if count_launches else None,
-            "peak_extra_bytes": profiling.peak_extra_bytes(call, self.device),
-            "host_seconds": host_seconds(call) if self.device.type == "cuda" else None,
+            "launches": launches(call, self.device) if count_launches else None,
+            "peak_extra_bytes": peak_extra_bytes(call, self.device),
+            "host_seconds": repeats and statistics.median(repeats),  # until the call returns to a host that is idle
         }
 
-    def _rounds(self, call: Callable[[], object], reference: Callable[[], object]) -> int:
-        once = min(seconds(self.clock, call) + seconds(self.clock, reference) for _ in range(2))
-        least = 3 if once > self.budget else LEAST_ROUNDS
-        return max(least, min(MOST_ROUNDS, int(self.budget / once)))
+
+def launches(call: Call, device: torch.device) -> int:
+    """The kernels, fills and copies that a call launches on a GPU; elsewhere the operators that it dispatches."""
+    if device.type != "cuda":
+        return len(count(call))
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    return sum(not getattr(event, "is_user_annotation", False) for event in on_device)
 
 
-def bandwidth(task: str, n_bytes: int, time: float, copy: float) -> dict[str, float]:
-    """How fast a task moved the bytes it must, and as a share of what a copy reaches.
-
-    Args:
-        n_bytes: of all weights together.
-    """
-    moved = PASSES[task] * n_bytes
-    return {"bytes": moved, "bytes_per_second": moved / time, "share_of_copy": moved / time / copy}
+def peak_extra_bytes(call: Call, device: torch.device) -> int:
+    """The most memory that a call holds at any moment beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    result: Any = profiler.profiler
+    events = [e for e in result.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

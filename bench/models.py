@@ -5,7 +5,6 @@ ConvNeXt-T, ViT-B/16, BERT-base and GPT-2; Llama-3.2-1B from its published sizes
 the article that fastreg grew out of. Values are drawn here: only sizes matter to the cost.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,28 +12,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SHAPES: dict[str, list[tuple[str, list[int]]]] = json.loads((Path(__file__).parent / "model_shapes.json").read_text())
-# By size.
-MODELS = ("mnist_mlp", "mobilenet_v2", "resnet50", "convnext_tiny", "vit_b16", "bert_base", "gpt2", "llama3.2_1b")
-# What fits a CPU run of minutes.
-CPU_MODELS = ("mnist_mlp", "mobilenet_v2", "resnet50", "gpt2")
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Shapes = Sequence[Sequence[int]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# By size, and those that fit a CPU run of minutes.
+MODELS = ("mnist_mlp", "mobilenet_v2", "resnet50", "convnext_tiny", "vit_b16", "bert_base", "gpt2", "llama3.2_1b")
+CPU_MODELS = ("mnist_mlp", "mobilenet_v2", "resnet50", "gpt2")
+SHAPES: dict[str, Shapes] = {
+    model: [shape for _, shape in parameters]
+    for model, parameters in json.loads((Path(__file__).parent / "model_shapes.json").read_text()).items()
+}
 
 
-@functools.cache
-def shapes_of(model: str) -> Shapes:
-    """The shapes of a model's parameters; the same object at every call."""
-    return [shape for _, shape in SHAPES[model]]
+def n_weights(shapes: Shapes) -> int:
+    """Elements of all tensors together."""
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def from_shapes(shapes: Shapes, dtype: torch.dtype, device: str | torch.device) -> list[nn.Parameter]:
-    """Weights like trained ones in scale, without gradients."""
-    if str(device) == "meta":
-        return [nn.Parameter(torch.empty(list(shape), dtype=dtype, device="meta")) for shape in shapes]
-    generator = torch.Generator(device).manual_seed(0)
+    """Weights like trained ones in scale, without gradients; on the meta device without data."""
+    generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(0)
     return [
         nn.Parameter(torch.randn(list(shape), generator=generator, device=device).mul_(0.02).to(dtype))
         for shape in shapes

@@ -7,24 +7,28 @@ all-gather to which each gives S bytes sends (P - 1) * S (Thakur, Rabenseifner a
 Communication Operations in MPICH, 2005). tests/test_scaling.py compares the formulas with what 1, 2 and 4 processes do.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench.models import Shapes, shapes_of
+from bench.models import SHAPES, Shapes, n_weights
+from bench.results import ROOT
 
-MODELS = ("gpt2", "llama3.2_1b")
-DEVICES = (1, 64, 4096)
-TARGET = Path(__file__).parents[1] / "docs" / "scaling.md"
+TARGET = ROOT / "docs" / "scaling.md"
 FLOAT32 = 4
-# Sums of |w| and of w², float64.
-SUMS = 16
-# As the docstring of `gathered` adds them up.
-PASSES_OF_ALL = 22
-PASSES_OF_SHARD = 6
-PASSES_ALONE = 24
+SUMS = 16  # bytes: of |w| and of w², float64
+
+HEAD = """# Many devices
+
+Written by `python -m bench.scaling`, from formulas that `tests/test_scaling.py` holds against what 1, 2 and
+4 processes were seen to move and send. Nothing here is a measured time; no run had 64 or 4096 devices.
+
+float32 weights, sharded in rows as FSDP2 does it, a `.grad` that exists; per call, on the device that holds
+the most. *Moved* are bytes read and written in the device's memory, *sent* bytes that leave the device in
+ring algorithms. fastreg sends two float64 sums, whatever the model; gathering the weights to sum them sends
+the whole model from every device or more, because shards are padded to whole rows, and moves it about as
+often as one device alone would.
+"""
 
 
 class Cost(NamedTuple):
@@ -36,20 +40,19 @@ class Cost(NamedTuple):
     sent: int  # bytes that leave it
 
 
-def shard(shape: Sequence[int], devices: int) -> int:
-    """Elements of the largest shard."""
-    rows, row = (shape[0], torch.Size(shape[1:]).numel()) if shape else (1, 1)
-    return -(-rows // devices) * row
+def shard_bytes(shapes: Shapes, devices: int) -> int:
+    """Bytes of the largest shards."""
+    return FLOAT32 * sum(-(-rows // devices) * torch.Size(row).numel() for rows, *row in shapes)
 
 
-def penalty(shapes: Shapes, devices: int) -> Cost:
+def penalty(shapes: Shapes, devices: int, passes: int = 4) -> Cost:
     """`loss + elastic_penalty(model)` and backward, onto a .grad that exists: one pass forward, three after it."""
-    return _fastreg(shapes, devices, passes=4)
+    return Cost(passes * shard_bytes(shapes, devices), 1, SUMS, 2 * (devices - 1) * SUMS // devices)
 
 
 def add_grad(shapes: Shapes, devices: int) -> Cost:
     """`add_elastic_grad_(model)`: three passes."""
-    return _fastreg(shapes, devices, passes=3)
+    return penalty(shapes, devices, passes=3)
 
 
 def gathered(shapes: Shapes, devices: int) -> Cost:
@@ -59,65 +62,39 @@ def gathered(shapes: Shapes, devices: int) -> Cost:
     gradient of the squares in 6 and of the magnitudes in 4, and adds them in 3. Passes over the shard: gathering reads
     1, the gradient is cut out in 2 and added to .grad in 3. On one device nothing is gathered or cut.
     """
-    whole = FLOAT32 * sum(torch.Size(shape).numel() for shape in shapes)
-    own = FLOAT32 * sum(shard(shape, devices) for shape in shapes)
+    whole, own = FLOAT32 * n_weights(shapes), shard_bytes(shapes, devices)
     if devices == 1:
-        return Cost(PASSES_ALONE * whole, 0, 0, 0)
-    return Cost(PASSES_OF_ALL * whole + PASSES_OF_SHARD * own, len(shapes), own, (devices - 1) * own)
+        return Cost(24 * whole, 0, 0, 0)
+    return Cost(22 * whole + 6 * own, len(shapes), own, (devices - 1) * own)
 
 
-METHODS: dict[str, Callable[[Shapes, int], Cost]] = {
+METHODS = {
     "`elastic_penalty` and backward": penalty,
     "`add_elastic_grad_`": add_grad,
     "`torch.cat` of `full_tensor()` and backward": gathered,
 }
 
 
-def _fastreg(shapes: Shapes, devices: int, passes: int) -> Cost:
-    moved = passes * FLOAT32 * sum(shard(shape, devices) for shape in shapes)
-    sent = 2 * (devices - 1) * SUMS // devices
-    return Cost(moved, 1, SUMS, sent)
-
-
 def report() -> str:
     """docs/scaling.md."""
-    lines = [
-        "# Many devices",
-        "",
-        "Written by `python -m bench.scaling`, from formulas that `tests/test_scaling.py` holds against what 1, 2 and",
-        "4 processes were seen to move and send. Nothing here is a measured time; no run had 64 or 4096 devices.",
-        "",
-        "float32 weights, sharded in rows as FSDP2 does it, a `.grad` that exists; per call, on the device that holds",
-        "the most. *Moved* are bytes read and written in the device's memory, *sent* bytes that leave the device in",
-        "ring algorithms. fastreg sends two float64 sums, whatever the model; gathering the weights to sum them sends",
-        "the whole model from every device or more, because shards are padded to whole rows, and moves it about as",
-        "often as one device alone would.",
-        "",
-    ]
-    for model in MODELS:
-        shapes = shapes_of(model)
-        n_elements = sum(torch.Size(shape).numel() for shape in shapes)
-        lines += [
-            f"## {model}: {n_elements:,} weights in {len(shapes)} tensors",
-            "",
-            "| | devices | moved | collectives | sent |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
+    lines = [HEAD]
+    for model in ("gpt2", "llama3.2_1b"):
+        shapes = SHAPES[model]
+        lines += [f"## {model}: {n_weights(shapes):,} weights in {len(shapes)} tensors", ""]
+        lines += ["| | devices | moved | collectives | sent |", "| --- | ---: | ---: | ---: | ---: |"]
         for name, method in METHODS.items():
-            for devices in DEVICES:
-                cost = method(shapes, devices)
-                lines.append(
-                    f"| {name} | {devices:,} | {_bytes(cost.moved)} | {cost.collectives} | {_bytes(cost.sent)} |"
-                )
+            for devices in (1, 64, 4096):
+                moved, collectives, _, sent = method(shapes, devices)
+                lines.append(f"| {name} | {devices:,} | {_bytes(moved)} | {collectives} | {_bytes(sent)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _bytes(n: int) -> str:
+def _bytes(n: float) -> str:
     for unit in ("B", "kB", "MB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
-        n /= 1000  # type: ignore[assignment]
+        n /= 1000
     return f"{n:.3g} GB"
 
 

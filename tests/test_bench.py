@@ -2,21 +2,22 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
 
-from bench import ledger, report, results, turns
-from bench.check import Truth, check, zero_grads
-from bench.counting import count, multi_tensor_launches
-from bench.harness import LEAST_ROUNDS, Harness, bandwidth, quantiles, ratios
-from bench.models import MODELS, SHAPES, from_shapes
-from bench.peers import PEERS, methods, prepare
-from bench.profiling import launches, peak_extra_bytes
-from bench.strengths import L1, L2
+from bench import internals, ledger, report, results, tune
+from bench.conftest import Session
+from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles, ratios
+from bench.ledger import count, multi_tensor_launches
+from bench.models import MODELS, SHAPES, from_shapes, n_weights
+from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
 from fastreg import plan
 
 CPU = torch.device("cpu")
@@ -104,7 +105,7 @@ def test_eager_peers_pass_their_check(task: str, dtype: torch.dtype) -> None:
     before = [w.detach().clone() for w in weights]
     for method in methods(task):
         if method in PEERS:
-            found = check(task, prepare(method, weights, L1, L2)[task], Truth(weights))
+            found = check(task, prepare(method, weights, L1, L2)[task], weights)
             assert found.reason is None, (method, found)
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
@@ -114,26 +115,53 @@ def test_eager_peers_pass_their_check(task: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_peer_with_a_wrong_term_is_refused(task: str, strengths: tuple[float, float], dtype: torch.dtype) -> None:
     weights = from_shapes([[300, 200], [200]], dtype, "cpu")
-    found = check(task, prepare("fastreg", weights, *strengths)[task], Truth(weights))
+    found = check(task, prepare("fastreg", weights, *strengths)[task], weights)
     assert found.reason is not None
     assert "allowed" in found.reason
 
 
 def test_a_peer_that_forgets_a_tensor_overflows_or_raises_is_refused() -> None:
     weights = from_shapes([[3000, 200], [200]], torch.float16, "cpu")
-    truth = Truth(weights)
     zero_grads(weights)
-    assert check("backward", prepare("fastreg", weights[:1], L1, L2)["backward"], truth).reason is not None
-    assert "inf" in (check("value", lambda: torch.tensor(math.inf), truth).reason or "")
-    assert "nan" not in str(check("value", lambda: torch.tensor(math.nan), truth).errors)
-    assert check("value", lambda: 1 / 0, truth).reason == "raised ZeroDivisionError: division by zero"
+    assert check("backward", prepare("fastreg", weights[:1], L1, L2)["backward"], weights).reason is not None
+    assert "inf" in (check("value", lambda: torch.tensor(math.inf), weights).reason or "")
+    assert "nan" not in str(check("value", lambda: torch.tensor(math.nan), weights).errors)
+    assert check("value", lambda: 1 / 0, weights).reason == "raised ZeroDivisionError: division by zero"
+    assert check("value", lambda: None, weights).reason is not None
+
+
+def test_a_training_step_is_checked() -> None:
+    from bench import test_questions as questions
+
+    for method in ("fastreg", "foreach", questions.ATTACHED, questions.DECAY):
+        step, _, found = questions.training_step(questions.mlp, method, torch.empty(0))
+        step()
+        assert found().reason is None, method
+    assert questions.training_step(questions.mlp, questions.PLAIN, torch.empty(0))[2]().reason is not None
+
+
+def test_every_question_is_asked_of_those_that_can_answer() -> None:
+    class Session:
+        models = ("mnist_mlp",)
+        harness = Harness(CPU, torch.float32, 0.0, 1)
+
+        def allows(self, method: str, label: str) -> bool:
+            return method in PEERS
+
+    from bench import test_questions as questions
+
+    asked: Any = list(questions.cases(Session()))  # type: ignore[arg-type]
+    assert {what[0] for what, _ in asked} == {*FASTREG, "size", "count", "tensors"}
+    assert {what[3] for what, _ in asked if what[1] == "prox" and what[0] == "prox"} == {"fastreg", "loop", "foreach"}
+    assert max(n_weights(shapes) for what, shapes in asked if what[0] == "size") == 10**8  # on a CPU
+    assert {n_weights(shapes) for what, shapes in asked if what[0] == "tensors"} == {1 << 24}
+    assert len(set(what for what, _ in asked)) == len(asked)
 
 
 def test_quantiles_and_ratios() -> None:
-    assert quantiles([5.0, 1.0, 2.0, 4.0, 3.0]) == pytest.approx((1.8, 3.0, 4.2))
-    assert quantiles([7.0]) == (7.0, 7.0, 7.0)
+    assert list(quantiles([5.0, 1.0, 2.0, 4.0, 3.0]).values()) == pytest.approx([1.8, 3.0, 4.2])
+    assert quantiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
-    assert bandwidth("prox", 100, 2.0, 200.0) == {"bytes": 200, "bytes_per_second": 100.0, "share_of_copy": 0.5}
 
 
 class FakeBenchmark:
@@ -159,6 +187,31 @@ def test_every_round_follows_a_round_of_the_reference() -> None:
     assert LEAST_ROUNDS <= harness.measure(FakeBenchmark(), call, reference)["rounds"] <= 200
 
 
+def test_a_wrong_peer_is_recorded_but_not_timed(tmp_path: Path) -> None:
+    option = {"device": "cpu", "dtype": "float32", "budget": 0.0, "rounds": 2, "models": None, "compiled": None}
+    options = SimpleNamespace(results=tmp_path / "x.json", **{f"bench_{name}": value for name, value in option.items()})
+    session = Session(SimpleNamespace(option=options, pluginmanager=MagicMock()))  # type: ignore[arg-type]
+    session._copy = math.inf, 1e9
+    benchmark: Any = FakeBenchmark()
+    benchmark.extra_info = {}
+    weights, calls = small_model(), []
+    right, wrong = Found({"value": 1e-7}, None), Found({"value": math.inf}, "value off by inf")
+    given = (lambda: calls.append("call")), (lambda: calls.append("floor")), (lambda: calls.append("before"))
+    with pytest.raises(pytest.skip.Exception, match="not timed: value off by inf"):
+        session.run(benchmark, ("value", "value", "small", "loop"), weights, wrong, *given)
+    with pytest.raises(pytest.fail.Exception, match="not timed: value off by inf"):
+        session.run(benchmark, ("value", "value", "small", "fastreg"), weights, wrong, *given)
+    assert calls == []
+    session.run(benchmark, ("prox", "prox", "small", "loop"), weights, right, *given)
+    assert calls[:7] == ["call", *["before", "floor", "call"] * 2]
+    (stored,) = results.read(tmp_path)
+    assert [case["status"] for case in stored["cases"]] == ["failed", "failed", "measured"]
+    measured = stored["cases"][-1]
+    n_bytes = 2 * 4 * sum(w.numel() for w in weights)  # two passes
+    assert (measured["bytes"], measured["bytes_per_second"]) == (n_bytes, pytest.approx(n_bytes / 1.5, rel=1e-3))
+    assert measured["share_of_copy"] == pytest.approx(n_bytes / 1.5e9, rel=1e-3)
+
+
 def test_floor_adds_in_place_and_copy_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.harness.COPY_ELEMENTS", {"cpu": 1000})
     harness = Harness(CPU, torch.float32, budget=0.0, rounds=1)
@@ -176,8 +229,8 @@ def test_costs_of_a_call() -> None:
 
 def test_shapes_are_those_of_the_models() -> None:
     assert set(MODELS) == set(SHAPES)
-    sizes = {model: sum(math.prod(shape) for _, shape in SHAPES[model]) for model in MODELS}
-    assert list(sizes.values()) == sorted(sizes.values())
+    sizes = [n_weights(SHAPES[model]) for model in MODELS]
+    assert sizes == sorted(sizes)
 
 
 def made_up_results(device_type: str) -> tuple[dict[str, Any], list[results.Case]]:
@@ -229,13 +282,21 @@ def test_readme_without_markers_stays_as_it_is() -> None:
     assert report.with_block("text", "block") == "text"
 
 
-def test_append_replaces_what_was_measured_again_in_the_same_environment_only() -> None:
+def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     environment, cases = made_up_results("cpu")
-    again = [{**cases[0], "rounds": 9}]
-    merged = results.merge({"environment": environment, "cases": cases}, environment, again)
-    assert merged == [*cases[1:], *again]
-    with pytest.raises(ValueError, match="torch changed"):
-        results.merge({"environment": environment, "cases": cases}, {**environment, "torch": "9.10"}, again)
+    results.write(tmp_path / "b.json", environment, [{**cases[0], "seconds": {"p50": 0.123456}}])
+    results.write(tmp_path / "c.json", *made_up_results("cuda"))
+    gpu, cpu = results.read(tmp_path)
+    assert (gpu["environment"], gpu["cases"]) == made_up_results("cuda")
+    assert cpu == {"environment": environment, "cases": [{**cases[0], "seconds": {"p50": 0.1235}}]}
+
+
+def test_stored_results_make_the_document_and_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LEDGER_MODELS", ())  # what is counted may change with PyTorch
+    monkeypatch.setattr(report, "_save", lambda figure, source, path: report.plt.close(figure))
+    found, document = results.read(), (results.ROOT / "docs" / "benchmarks.md").read_text()
+    assert report.report(found, tmp_path / "img").split("## Launches")[0] == document.split("## Launches")[0]
+    assert report.readme_block(found) in (results.ROOT / "README.md").read_text()
 
 
 def test_results_path_names_device_and_dtype(tmp_path: Path) -> None:
@@ -244,44 +305,70 @@ def test_results_path_names_device_and_dtype(tmp_path: Path) -> None:
     assert results.path_for(tmp_path / "x.json", environment, "float32") == tmp_path / "x.json"
 
 
-def test_candidates_take_turns_and_are_stored_with_what_they_ran_on(tmp_path: Path) -> None:
-    order: list[str] = []
-    cases = {name: lambda name=name: order.append(name) for name in ("one", "other")}
-    found, floor = turns.take_turns(CPU, torch.float32, 1000, 3, cases, lambda name: order.append(f"before {name}"))
-    assert order == ["before one", "one", "before other", "other"] * 4  # a round to warm up, and three
-    assert floor > 0
+def settings_now() -> tuple[dict[str, int], int]:
+    return internals.kernel_settings(), plan.CPU_BLOCK
+
+
+def test_candidates_take_turns_with_their_settings() -> None:
+    order: list[tuple[str, int]] = []
+    cases = {str(size): ({"CPU_BLOCK": size}, lambda: order.append(("called", plan.CPU_BLOCK))) for size in (64, 128)}
+    harness = Harness(CPU, torch.float32, 0.0, 3)
+    floor = harness.floor(1000)
+    harness._floor = 1000, lambda: (order.append(("floor", plan.CPU_BLOCK)), floor())
+    found = tune.take_turns(harness, 1000, cases)
+    turn = ["called", "called", "floor", "called"]
+    assert order == [(what, size) for size in (64, 128) for what in turn] * 4  # a round to warm up, and three
     assert set(found) == set(cases)
-    turns.write(tmp_path / "found.json", CPU, found, model="small")
+
+
+@pytest.mark.parametrize("module", ["kernel", "blocks"])
+def test_settings_that_fail_leave_the_librarys_own(module: str) -> None:
+    pytest.importorskip("triton")
+    own = settings_now()
+    chosen = {"BLOCK": 1024, "NUM_WARPS": 8, "MOST_CHUNKS": 2} if module == "kernel" else {"CPU_BLOCK": 64}
+
+    def fail() -> None:
+        assert settings_now() != own
+        raise RuntimeError("no such setting")
+
+    with pytest.raises(RuntimeError, match="no such setting"):
+        tune.take_turns(Harness(CPU, torch.float32, 0.0, 1), 10, {"failing": (chosen, fail)})
+    assert settings_now() == own
+
+
+def test_tuning_is_stored_with_what_it_ran_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "CPU_BLOCKS", [{"CPU_BLOCK": 1 << 15}, {"CPU_BLOCK": 1 << 16}])
+    tune.main(["blocks", "--model", "mnist_mlp", "--rounds", "1", "--out", str(tmp_path / "found.json")])
     stored = json.loads((tmp_path / "found.json").read_text())
-    assert stored["ratio"] == found
-    assert stored["model"] == "small"
+    assert stored["model"] == "mnist_mlp"
     assert stored["environment"]["torch"] == torch.__version__
+    median = stored["ratio"]["1 add_grad"]["p50"]
+    assert re.search(rf"^\| 65536 \| .* {median:.2f} \|", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_tuning_the_kernel(
+def test_every_setting_of_the_kernels_computes_the_same(
     path: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every setting computes the same, and the library's own are back in the end."""
-    if path[0] != "triton":
+    impl, device = path
+    if impl != "triton":
         pytest.skip("tunes the Triton path")
-    from bench import tune_kernel
-
-    own = tune_kernel.SETTINGS[0]
-    monkeypatch.setattr(tune_kernel, "SETTINGS", [own, tune_kernel.Setting(1024, 8, 2)])
-    monkeypatch.setattr(tune_kernel, "shapes_of", lambda model: [[300, 20], [7]])
-    monkeypatch.setattr("sys.argv", ["tune_kernel", "--model", "tiny", "--rounds", "1"])
     values = []
-    sweep = tune_kernel.sweep
+    one_sweep = internals.one_sweep
 
     def spy(*args: Any, **keywords: Any) -> Any:
-        found = sweep(*args, **keywords)
+        found = one_sweep(*args, **keywords)
         if found is not None:
             values.append(float(found.total))
         return found
 
-    monkeypatch.setattr(tune_kernel, "sweep", spy)
-    tune_kernel.main()
+    monkeypatch.setattr(internals, "one_sweep", spy)
+    own = settings_now()
+    settings = [own[0], {"BLOCK": 1024, "NUM_WARPS": 8, "MOST_CHUNKS": 2}]
+    harness = Harness(torch.device(device), torch.float32, 0.0, 1)
+    tune.tune_settings(harness, [[300, 20], [7]], settings, "triton")
     assert len(values) > 8
     assert len(set(values)) == 1
     assert "| 1024 | 8 | 2 |" in capsys.readouterr().out
-    assert (own.block, own.most_chunks) == (plan.BLOCK, plan.MOST_CHUNKS)
+    assert settings_now() == own

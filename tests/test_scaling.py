@@ -12,7 +12,7 @@ from torch.multiprocessing import spawn
 
 import fastreg
 from bench import ledger, scaling
-from bench.counting import Count
+from bench.ledger import Count
 from tests.ranks import AVAILABLE, Wire, start
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")

@@ -1,0 +1,235 @@
+"""Every way to regularise a model that is compared, and a check of what it computes, before any clock starts.
+
+A peer is a function of weights, l1 and l2. It returns what it can do by task, as callables without arguments:
+
+    penalty     returns the penalty as a graph; from it follow
+        value       returns the penalty, without a graph
+        backward    adds the penalty's gradient to .grad, through autograd
+    add_grad    adds the gradient without autograd, and returns the penalty
+    prox        shrinks the weights in place, by a step of LR
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastreg
+
+# What every method is measured and checked with. Large enough that a method which forgets a term or does not shrink
+# fails its check even in bfloat16; costs do not depend on them.
+L1, L2, LR = 0.5, 5.0, 1e-2
+
+Weights = Sequence[nn.Parameter]
+Tasks = dict[str, Callable[[], Any]]
+
+
+def ours(weights: Weights, l1: float, l2: float) -> Tasks:
+    reg = fastreg.ElasticNet(list(weights), l1, l2)
+    value = torch.no_grad()(reg)
+    return {"penalty": reg, "value": value, "add_grad": lambda: reg.add_grad_().total, "prox": lambda: reg.prox_(LR)}
+
+
+def cat(weights: Weights, l1: float, l2: float) -> Tasks:
+    """The article's form: all parameters in one vector, and two sums over it."""
+
+    def penalty() -> Tensor:
+        everything = torch.cat([w.view(-1) for w in weights])
+        return l1 * everything.abs().sum() + l2 * everything.square().sum()
+
+    return {"penalty": penalty}
+
+
+def loop(weights: Weights, l1: float, l2: float) -> Tasks:
+    """The Python loop over the parameters."""
+
+    def penalty() -> Tensor:
+        return l1 * sum(w.abs().sum() for w in weights) + l2 * sum(w.square().sum() for w in weights)
+
+    @torch.no_grad()
+    def add_grad() -> Tensor:
+        for w in weights:
+            assert w.grad is not None
+            w.grad.add_(w.sign(), alpha=l1).add_(w, alpha=2 * l2)
+        return penalty()
+
+    @torch.no_grad()
+    def prox() -> None:
+        for w in weights:
+            w.copy_(w.sign() * (w.abs() - LR * l1).clamp_(min=0) / (1 + 2 * LR * l2))
+
+    return {"penalty": penalty, "add_grad": add_grad, "prox": prox}
+
+
+def foreach(weights: Weights, l1: float, l2: float) -> Tasks:
+    """The strongest hand-written rival in eager PyTorch: multi-tensor operators, inside a custom Function."""
+
+    @torch.no_grad()
+    def add_grad() -> Tensor:
+        grads = [w.grad for w in weights]
+        torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=l1)
+        torch._foreach_add_(grads, weights, alpha=2 * l2)
+        return _foreach_value(weights, l1, l2)
+
+    @torch.no_grad()
+    def prox() -> None:
+        # What is left of a weight is what a clamp to the threshold takes away.
+        clamped = torch._foreach_clamp_max(weights, LR * l1)
+        torch._foreach_clamp_min_(clamped, -LR * l1)
+        torch._foreach_sub_(weights, clamped)
+        torch._foreach_div_(weights, 1 + 2 * LR * l2)
+
+    value = torch.no_grad()(lambda: _foreach_value(weights, l1, l2))
+    return {
+        "penalty": lambda: _ForeachPenalty.apply(l1, l2, *weights),
+        "value": value,
+        "add_grad": add_grad,
+        "prox": prox,
+    }
+
+
+class _ForeachPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, l1: float, l2: float, *weights: Tensor) -> Tensor:
+        ctx.weights, ctx.strengths = weights, (l1, l2)
+        return _foreach_value(weights, l1, l2)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        l1, l2 = ctx.strengths
+        grads = torch._foreach_sign(ctx.weights)
+        torch._foreach_mul_(grads, l1)
+        torch._foreach_add_(grads, ctx.weights, alpha=2 * l2)
+        torch._foreach_mul_(grads, upstream)
+        return None, None, *grads
+
+
+def _foreach_value(weights: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    # Norms of half-precision weights are asked for in float32: in their own dtype they overflow.
+    l1_norms = torch.stack(torch._foreach_norm(weights, 1, dtype=torch.float32))
+    l2_norms = torch.stack(torch._foreach_norm(weights, 2, dtype=torch.float32))
+    return l1 * l1_norms.sum() + l2 * l2_norms.square().sum()
+
+
+PEERS: dict[str, Callable[[Weights, float, float], Tasks]] = {
+    "fastreg": ours,
+    "torch.cat": cat,
+    "loop": loop,
+    "foreach": foreach,
+}
+# Without CUDA graphs, which would hold the weights and gradients of a training loop at fixed addresses.
+MODES = {"compiled": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+COMPILED = {f"{base} {suffix}": (base, mode) for base in ("loop", "foreach") for suffix, mode in MODES.items()}
+
+
+def prepare(name: str, weights: Weights, l1: float, l2: float) -> Tasks:
+    """The tasks of the peer called `name`; those of a compiled peer are compiled at their first call."""
+    base, mode = COMPILED.get(name, (name, None))
+    tasks = PEERS[base](weights, l1, l2)
+    tasks.setdefault("value", torch.no_grad()(tasks["penalty"]))
+    if mode is not None:
+        tasks = {task: torch.compile(call, mode=mode, fullgraph=True) for task, call in tasks.items()}
+    penalty = tasks["penalty"]
+    # The backward pass starts outside of what is compiled, as it does in training.
+    tasks["backward"] = lambda: penalty().backward()
+    return tasks
+
+
+def methods(task: str) -> list[str]:
+    """The names of the peers that can do `task`, compiled forms last."""
+    one = [nn.Parameter(torch.ones(1))]
+    eager = [name for name in PEERS if task in prepare(name, one, 1.0, 1.0)]
+    return eager + [name for name, (base, _) in COMPILED.items() if base in eager]
+
+
+# How far a method may be from the truth and still be timed. These bounds tell a lossy method from a wrong one and are
+# not fastreg's own promises, which are a thousand times closer: float32 sums of many millions of weights, and results
+# rounded after every operation, are what users run today. The error found is recorded beside every figure.
+# Errors of tensors are root mean squares, relative to the gradient's or to the change that a proximal step makes.
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+TOLERANCES = {
+    "value": {F64: 1e-9, F32: 1e-3, BF16: 2e-2, F16: 2e-3},
+    "gradient": {F64: 1e-12, F32: 1e-6, BF16: 1e-2, F16: 1e-3},
+    "shrunk weight": {F64: 1e-12, F32: 1e-5, BF16: 2e-2, F16: 3e-3},
+}
+
+
+class Found(NamedTuple):
+    """The errors of a method, and why it is not to be timed, if so."""
+
+    errors: dict[str, float]
+    reason: str | None
+
+
+def check(task: str, call: Callable[[], Any], weights: Weights) -> Found:
+    """Runs `call` once and compares; weights are as before afterwards, gradients zero.
+
+    Beside the peers' tasks there is "decay", a step of gradient descent on the l2 term alone.
+    """
+    try:
+        errors = _errors(task, call, weights)
+    except Exception as error:  # a rival that cannot run is a result, too
+        text = str(error).strip().splitlines() or [""]
+        return Found({}, f"raised {type(error).__name__}: {text[0][:200]}")
+    for what, found in errors.items():
+        allowed = TOLERANCES[what][weights[0].dtype]
+        if not found <= allowed:
+            return Found(errors, f"{what} off by {found:.2g} (relative), allowed {allowed:.0e}")
+    return Found(errors, None)
+
+
+def _errors(task: str, call: Callable[[], Any], weights: Weights) -> dict[str, float]:
+    zero_grads(weights)
+    if task in ("prox", "decay"):
+        before = [w.detach().clone() for w in weights]
+        try:
+            call()
+            errors = []
+            for w, old in zip(weights, map(array, before), strict=True):
+                new = (1 - 2 * LR * L2) * old
+                if task == "prox":
+                    new = np.sign(old) * np.maximum(np.abs(old) - LR * L1, 0) / (1 + 2 * LR * L2)
+                errors.append(_ratio(array(w) - new, old - new))
+        finally:
+            restore(weights, before)
+        return {"shrunk weight": max(errors)}
+    value, found = call(), {}
+    if task != "value":
+        expected = ((w, L1 * np.sign(array(w)) + 2 * L2 * array(w)) for w in weights)
+        found["gradient"] = max(_ratio(array(w.grad) - gradient, gradient) for w, gradient in expected)
+        zero_grads(weights)
+    if task == "value" or isinstance(value, Tensor):
+        exact = L1 * math.fsum(np.abs(array(w)).sum() for w in weights)
+        exact += L2 * math.fsum(np.square(array(w)).sum() for w in weights)
+        error = abs(float(value) - exact) / exact
+        found["value"] = error if math.isfinite(error) else math.inf  # a NaN is as wrong as can be
+    return found
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The elements as float64."""
+    return tensor.detach().cpu().to(torch.float64).numpy()
+
+
+@torch.no_grad()
+def restore(weights: Weights, values: Sequence[Tensor]) -> None:
+    """Writes `values` back into `weights`."""
+    torch._foreach_copy_(list(weights), list(values))
+
+
+def zero_grads(weights: Weights) -> None:
+    """Zeroes every .grad in place, or creates it."""
+    for w in weights:
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+        else:
+            w.grad.zero_()
+
+
+def _ratio(error: np.ndarray, reference: np.ndarray) -> float:
+    size = float(np.linalg.norm(reference))
+    # A tensor of zeros, as biases are at first, has to come out exactly.
+    return float(np.linalg.norm(error)) / size if size else math.inf if error.any() else 0.0

@@ -1,0 +1,99 @@
+"""Block sizes and warps against each other: all take turns in one run, each right after the floor.
+
+    python -m bench.tune kernel [--model gpt2] [--dtype float32]    blocks, warps and chunks of the kernels, on a GPU
+    python -m bench.tune blocks [--model resnet50]                  blocks of the PyTorch path
+
+Figures are medians of the ratios to the floor, `g.add_(w, alpha=c)` over as many elements. Under TRITON_INTERPRET=1 the
+kernels run on the CPU, where the figures mean nothing.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import internals, results
+from bench.harness import Call, Harness, quantiles, ratios
+from bench.internals import Mode, Scale
+from bench.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
+
+Settings = dict[str, int]
+Found = dict[str, dict[str, float]]  # quantiles by case
+CPU_BLOCKS = [{"CPU_BLOCK": 1 << k} for k in range(15, 22)]
+
+
+def take_turns(harness: Harness, n: int, cases: Mapping[str, tuple[Settings, Call]]) -> Found:
+    """Quantiles of each case's time in multiples of the floor's over `n` elements.
+
+    A case is what to call, and with which settings; between the turns they are the library's own again.
+    """
+    floor = harness.floor(n)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    floors: dict[str, list[float]] = {name: [] for name in cases}
+    rounds = harness.rounds or 9
+    for number in range(rounds + 1):  # the first of them warms up
+        for name, (chosen, call) in cases.items():
+            with internals.settings(**chosen):
+                for _ in range(2):  # compiles, and builds what is then known of the weights
+                    call()
+                floors[name].append(harness.seconds(floor))
+                times[name].append(harness.seconds(call))
+        print(f"round {number}/{rounds}", flush=True)
+    print(f"multiples of the floor ({statistics.median(itertools.chain(*floors.values())) * 1e3:.3f} ms)")
+    return {name: quantiles(ratios(times[name][1:], floors[name][1:])) for name in cases}
+
+
+def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings], impl: str) -> Found:
+    """One sweep of each kind with every setting; prints a row per setting."""
+    weights = [w.detach() for w in from_shapes(shapes, harness.dtype, harness.device)]
+    grads = [torch.zeros_like(w) for w in weights]
+
+    def one(mode: Mode, **keywords: Any) -> Call:
+        return lambda: internals.one_sweep(weights, mode, 0.5, 5.0, impl, **keywords)
+
+    sweeps = {
+        "value": one(Mode.VALUE),
+        "gradient": one(Mode.ACCUMULATE, grads=grads, reduce=False),
+        "add_grad": one(Mode.ACCUMULATE, grads=grads),
+        # With a learning rate of 0, so that weights stay what they are.
+        "prox": one(Mode.PROX, scale=Scale(0.0, 0.0), reduce=False),
+    }
+    cases = {f"{i} {task}": (chosen, call) for i, chosen in enumerate(settings) for task, call in sweeps.items()}
+    found = take_turns(harness, n_weights(shapes), cases)
+    rows = [[*settings[0], *sweeps], ["---:"] * (len(settings[0]) + len(sweeps))]
+    for i, chosen in enumerate(settings):
+        rows.append([*map(str, chosen.values()), *(f"{found[f'{i} {task}']['p50']:.2f}" for task in sweeps)])
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kernel", "blocks"))
+    parser.add_argument("--model", default="resnet50", choices=SHAPES)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args(arguments)
+    on_gpu = options.what == "kernel" and os.environ.get("TRITON_INTERPRET") != "1"
+    harness = Harness(torch.device("cuda" if on_gpu else "cpu"), DTYPES[options.dtype], 0.0, options.rounds)
+    settings, impl = CPU_BLOCKS, "torch"
+    if options.what == "kernel":
+        own, impl = internals.kernel_settings(), "triton"
+        tried = itertools.product((1024, 2048, 4096), (4, 8), (2048, 8192, 32768))
+        # The library's own twice, first and among the others, which shows the noise.
+        settings = [own, *(dict(zip(own, values, strict=True)) for values in tried)]
+    found = tune_settings(harness, SHAPES[options.model], settings, impl)
+    record = {"environment": results.environment(harness.device), **vars(options), "settings": settings, "ratio": found}
+    if options.out is not None:
+        options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Draws the training of digits.py: its loss, its weights and their exact zeros; with `--compare`, of all methods.
+
+    python examples/digits_plots.py --penalty l1
+    python examples/digits_plots.py --penalty l1 --compare
+
+The picture goes to outputs/; the options are those of digits.py, and `--out` for another folder.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import digits
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor, nn
+
+import fastreg
+
+
+class Run(NamedTuple):
+    """What came of one training; the exact zeros are fractions, before training and after each epoch."""
+
+    model: nn.Module
+    initial: Tensor  # all weights in one vector
+    trained: Tensor
+    means: Tensor  # (epochs, 4): loss, cross-entropy, l1 and l2 part
+    zeros: list[float]
+    accuracy: float
+
+
+def run(args: argparse.Namespace, method: str) -> Run:
+    """Trains with `method`, and as the command line says otherwise."""
+    data, model = digits.load_data(), digits.build_model()
+    initial, zeros, means = weights(model), [fastreg.sparsity(model).item()], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=digits.LEARNING_RATE)
+    for steps in digits.train(model, data, optimizer, *digits.strengths(args), method, args.epochs):
+        zeros.append(fastreg.sparsity(model).item())
+        means.append(steps.mean(dim=0))
+    accuracy = digits.accuracy(model, *data[2:])
+    print(f"{method:7}  loss {means[-1][0]:.5f}  exact zeros {zeros[-1]:.2%}  test accuracy {accuracy:.4f}", flush=True)
+    return Run(model, initial, weights(model), torch.stack(means), zeros, accuracy)
+
+
+def weights(model: nn.Module) -> Tensor:
+    """A copy of all parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def draw_loss(axes: Axes, run: Run) -> None:
+    """The loss and its parts by epoch."""
+    epochs = range(1, len(run.means) + 1)
+    for values, label in zip(run.means.T, ("loss", "cross-entropy", "l1 part", "l2 part"), strict=True):
+        if values.any():  # a part without strength has no place on a log axis
+            axes.plot(epochs, values, label=label, marker=".")
+    axes.set(xlabel="epoch", ylabel="mean over the epoch's steps", yscale="log", title="Training loss and its parts")
+    axes.legend()
+
+
+def draw_weights(axes: Axes, run: Run) -> None:
+    """How many weights have which size, before and after."""
+    reach = torch.cat([run.initial, run.trained]).abs().max().item()
+    bins = torch.linspace(-reach, reach, 82)  # an odd number of bins: one is centred on zero
+    axes.hist(run.initial, bins, label="initial", color="0.75")
+    axes.hist(run.trained, bins, label="trained", color="C3", histtype="step")
+    axes.set(xlabel="weight", ylabel="weights per bin", yscale="log", title="Weights before and after training")
+    axes.legend()
+
+
+def draw_zeros(axes: Axes, runs: dict[str, Run]) -> None:
+    """The share of exact zeros by epoch, a curve for each method."""
+    # The first is wide and the second dashed, for curves that coincide.
+    for (method, run), look in zip(runs.items(), ({"linewidth": 4}, {"linestyle": "--"}, {}), strict=False):
+        label = f"{method}: {run.zeros[-1]:.1%} at the end, test accuracy {run.accuracy:.1%}"
+        axes.plot(run.zeros, label=label, marker=".", **look)
+    axes.set(xlabel="epoch (0: before training)", ylabel="weights that are exactly zero", ylim=(-0.03, 1.03))
+    axes.set_title("Exact zeros over training")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.legend()
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Trains and draws as the command line says; returns the models by method."""
+    parser = digits.options()
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--compare", action="store_true", help="all methods instead of the one of --method")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="a folder (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs = {method: run(args, method) for method in (digits.METHODS if args.compare else [args.method])}
+    # Without pyplot nothing looks for a display: savefig renders a PNG with Agg.
+    figure = Figure(figsize=(8, 4.5) if args.compare else (15, 4.2), layout="constrained")
+    figure.suptitle(f"Digits, penalty {args.penalty}")
+    if args.compare:
+        draw_zeros(figure.subplots(), runs)
+    else:
+        left, middle, right = figure.subplots(1, 3)
+        draw_loss(left, runs[args.method])
+        draw_weights(middle, runs[args.method])
+        draw_zeros(right, runs)
+    path = args.out / f"digits_{args.penalty}_{'methods' if args.compare else args.method}.png"
+    figure.savefig(path, dpi=120)
+    print(f"plot  {path}")
+    return {method: run.model for method, run in runs.items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # layers this small only lose time to threads
+    main()
