@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
-from bench.internals import BLOCK, UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
+from bench.internals import UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
 
 TABLE = Path(__file__).parents[1] / "docs" / "codegen.md"
 TARGETS = {
@@ -39,23 +39,23 @@ class Variant(NamedTuple):
     """A way the library launches its kernels."""
 
     mode: Mode
-    reduce: bool  # whether the value is wanted
+    with_value: bool  # whether the value is wanted
     scaled: bool = False  # by an upstream gradient on the device
     grouped: bool = False  # strengths of two groups, on the device
 
 
 VARIANTS = {
-    "value": Variant(Mode.VALUE, reduce=True),
-    "gradient": Variant(Mode.GRADIENT, reduce=True),
-    "gradient-scaled": Variant(Mode.GRADIENT, reduce=False, scaled=True),
-    "rescale": Variant(Mode.RESCALE, reduce=False, scaled=True),
-    "accumulate": Variant(Mode.ACCUMULATE, reduce=True),
-    "accumulate-scaled": Variant(Mode.ACCUMULATE, reduce=False, scaled=True),
-    "prox": Variant(Mode.PROX, reduce=False),
-    "prox-value": Variant(Mode.PROX, reduce=True),
-    "value-grouped": Variant(Mode.VALUE, reduce=True, grouped=True),
-    "accumulate-grouped": Variant(Mode.ACCUMULATE, reduce=True, grouped=True),
-    "prox-grouped": Variant(Mode.PROX, reduce=False, grouped=True),
+    "value": Variant(Mode.VALUE, with_value=True),
+    "gradient": Variant(Mode.GRADIENT, with_value=True),
+    "gradient-scaled": Variant(Mode.GRADIENT, with_value=False, scaled=True),
+    "rescale": Variant(Mode.RESCALE, with_value=False, scaled=True),
+    "accumulate": Variant(Mode.ACCUMULATE, with_value=True),
+    "accumulate-scaled": Variant(Mode.ACCUMULATE, with_value=False, scaled=True),
+    "prox": Variant(Mode.PROX, with_value=False),
+    "prox-value": Variant(Mode.PROX, with_value=True),
+    "value-grouped": Variant(Mode.VALUE, with_value=True, grouped=True),
+    "accumulate-grouped": Variant(Mode.ACCUMULATE, with_value=True, grouped=True),
+    "prox-grouped": Variant(Mode.PROX, with_value=False, grouped=True),
 }
 # Strengths on the device change nothing in the loop: two dtypes are enough.
 CASES = [(v, d) for v in VARIANTS for d in DTYPES if d in ("fp32", "bf16") or not VARIANTS[v].grouped]
@@ -109,12 +109,12 @@ def sweep_once(
 ) -> object:
     """The launcher's work for one sweep: the last of several weights is a strength group of its own."""
     groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
-    return launch_kernels(weights, groups, variant.mode, strength, scale, variant.reduce)
+    return launch_kernels(weights, groups, variant.mode, strength, scale, variant.with_value)
 
 
 def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[str, Launch]:
     """The launches of one sweep in this variant, by the kernel's name."""
-    weights = [torch.empty(BLOCK, dtype=dtype) for _ in range(1 + variant.grouped)]
+    weights = [torch.empty(kernel_settings()["BLOCK"], dtype=dtype) for _ in range(1 + variant.grouped)]
     strength = torch.ones(2, dtype=torch.float64) if variant.grouped else 1.0
     scale = Scale(torch.ones(()), torch.ones(())) if variant.scaled else UNSCALED
     found = record(target, functools.partial(sweep_once, variant, weights, strength, scale))
@@ -241,7 +241,7 @@ def table(target: str) -> Iterator[str]:
     """The lines of one target's table: a row per variant and dtype, and one for each different `_finish_kernel`."""
     yield "| kernel | variant | dtype | registers | scratch | shared | atomics | loads | stores | loop | per element |"
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |"
-    elements = BLOCK // (TARGETS[target].warp_size * kernel_settings()["NUM_WARPS"])
+    elements = kernel_settings()["BLOCK"] // (TARGETS[target].warp_size * kernel_settings()["NUM_WARPS"])
     finished = set()
     for variant, dtype in CASES:
         kernels = compiled(variant, dtype, target)
@@ -260,7 +260,7 @@ def document() -> str:
     lines = f"""# What the compiler makes of the kernels
 
 Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.codegen` with
-Triton {triton.__version__}, for the launches that fastreg makes: blocks of {BLOCK} elements, \
+Triton {triton.__version__}, for the launches that fastreg makes: blocks of {kernel_settings()["BLOCK"]} elements, \
 {kernel_settings()["NUM_WARPS"]} warps.
 
 - registers: per thread (AMD: vector registers); scratch: bytes of stack and local memory, and spills

@@ -59,10 +59,10 @@ def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings]
 
     sweeps = {
         "value": one(Mode.VALUE),
-        "gradient": one(Mode.ACCUMULATE, grads=grads, reduce=False),
+        "gradient": one(Mode.ACCUMULATE, grads=grads, with_value=False),
         "add_grad": one(Mode.ACCUMULATE, grads=grads),
         # With a learning rate of 0, so that weights stay what they are.
-        "prox": one(Mode.PROX, scale=Scale(0.0, 0.0), reduce=False),
+        "prox": one(Mode.PROX, scale=Scale(0.0, 0.0), with_value=False),
     }
     cases = {f"{i} {task}": (chosen, call) for i, chosen in enumerate(settings) for task, call in sweeps.items()}
     found = take_turns(harness, n_weights(shapes), cases)

@@ -18,7 +18,7 @@ from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, qua
 from bench.ledger import count, multi_tensor_launches
 from bench.models import MODELS, SHAPES, from_shapes, n_weights
 from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
-from fastreg import plan
+from fastreg import blocks
 
 CPU = torch.device("cpu")
 # The table of the design: passes over the weights, and launches, for one dtype on one device.
@@ -306,15 +306,15 @@ def test_results_path_names_device_and_dtype(tmp_path: Path) -> None:
 
 
 def settings_now() -> tuple[dict[str, int], int]:
-    return internals.kernel_settings(), plan.CPU_BLOCK
+    return internals.kernel_settings(), blocks.CPU_BLOCK
 
 
 def test_candidates_take_turns_with_their_settings() -> None:
     order: list[tuple[str, int]] = []
-    cases = {str(size): ({"CPU_BLOCK": size}, lambda: order.append(("called", plan.CPU_BLOCK))) for size in (64, 128)}
+    cases = {str(size): ({"CPU_BLOCK": size}, lambda: order.append(("called", blocks.CPU_BLOCK))) for size in (64, 128)}
     harness = Harness(CPU, torch.float32, 0.0, 3)
     floor = harness.floor(1000)
-    harness._floor = 1000, lambda: (order.append(("floor", plan.CPU_BLOCK)), floor())
+    harness._floor = 1000, lambda: (order.append(("floor", blocks.CPU_BLOCK)), floor())
     found = tune.take_turns(harness, 1000, cases)
     turn = ["called", "called", "floor", "called"]
     assert order == [(what, size) for size in (64, 128) for what in turn] * 4  # a round to warm up, and three

@@ -44,7 +44,7 @@ def test_finish_stays_in_registers(variant: str, dtype: str, target: str) -> Non
 @pytest.mark.parametrize("variant", ["value", "gradient", "accumulate", "accumulate-scaled", "prox"])
 def test_float64_instructions_per_element(variant: str, dtype: str) -> None:
     loop = codegen.machine_loop(codegen.compiled(variant, dtype, "sm_90")["_sweep_kernel"])
-    elements = elements_per_thread("sm_90") if VARIANTS[variant].reduce else 0
+    elements = elements_per_thread("sm_90") if VARIANTS[variant].with_value else 0
     converted = sum(n for opcode, n in loop.items() if opcode.startswith("F2F.F64"))
     computed = sum(n for opcode, n in loop.items() if opcode.startswith(("DADD", "DFMA", "DMUL")))
     # One conversion, one addition of |w|, one fused w * w + sum, and one more of each for every 16 bytes, to add what a
