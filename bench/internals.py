@@ -36,9 +36,8 @@ def launch_kernels(
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
     grads = weights if mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None
-    strengths, n_groups = Strengths(strength, strength), max(groups) + 1
-    value_dtype = layout.value_dtype if with_value else None
-    return launch.kernel_sweep(parts, mode, weights, grads, strengths, scale, n_groups, value_dtype)
+    work = Work([], weights, groups, max(groups) + 1, Strengths(strength, strength), "triton")
+    return launch.kernel_sweep(parts, mode, work, grads, scale, layout.value_dtype if with_value else None)
 
 
 def parts_of(weights: Sequence[Tensor]) -> list[Part]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from fastreg.formulas import Penalty
+from fastreg.formulas import Measure
 from fastreg.inplace import add_gradient, apply_prox
 from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype, check_strength
 from fastreg.work import Work
@@ -21,12 +21,7 @@ _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" =
 class Attachment:
     """A penalty that an optimizer applies at every step, until `remove()`.
 
-    Args:
-        optimizer: whose steps to hook.
-        mode: "grad" adds the gradient before a step, "prox" shrinks the weights after it.
-        current: the work as it is now.
-        publish: called with the penalty at each step.
-        on_remove: called with this by `remove()`.
+    `current()` is the work at this moment; `publish` gets what each step measured, and `on_remove` this attachment.
     """
 
     def __init__(
@@ -34,7 +29,7 @@ class Attachment:
         optimizer: Any,
         mode: str,
         current: Callable[[], Work],
-        publish: Callable[[Penalty], None],
+        publish: Callable[[Measure | None], None],
         on_remove: Callable[["Attachment"], None],
     ) -> None:
         optimizer = _unwrapped(optimizer)
@@ -58,9 +53,7 @@ class Attachment:
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
             scale = getattr(optimizer, "grad_scale", None)
             with torch.no_grad():
-                found = add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale))
-            if found is not None:
-                publish(found.penalty)
+                publish(add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale)))
 
         def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             _group_of_each(optimizer, current())
@@ -70,10 +63,9 @@ class Attachment:
             work, steps = current(), _steps(optimizer)
             groups = _group_of_each(optimizer, work)
             used = list(dict.fromkeys(groups))
+            used_steps, step_groups = [steps[i] for i in used], [used.index(i) for i in groups]
             with torch.no_grad():
-                found = apply_prox(work, [steps[i] for i in used], [used.index(i) for i in groups], with_value=True)
-            if found is not None:
-                publish(found.penalty)
+                publish(apply_prox(work, used_steps, step_groups, with_value=True))
 
         if mode == "grad":
             self._hooks = [optimizer.register_step_pre_hook(add)]
@@ -125,17 +117,11 @@ def _check(optimizer: Any, mode: str) -> None:
     if mode == "grad" and isinstance(optimizer, SparseAdam):
         raise TypeError('SparseAdam takes sparse gradients only; attach with mode="prox", or use another optimizer')
     if mode == "grad" and any(group.get("maximize") for group in optimizer.param_groups):
-        raise ValueError(
-            'an optimizer with maximize=True would reward the penalty; attach with mode="prox", or minimize -loss'
-        )
+        raise ValueError('maximize=True would reward the penalty; attach with mode="prox", or minimize -loss')
 
 
 def _group_of_each(optimizer: Optimizer, work: Work) -> list[int]:
-    """The optimizer's param group of each weight.
-
-    Raises:
-        ValueError: a weight that the optimizer does not hold.
-    """
+    """The optimizer's param group of each weight; raises ValueError for a weight that the optimizer does not hold."""
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     for name, w in zip(work.names, work.weights, strict=True):
         if id(w) not in group_of:

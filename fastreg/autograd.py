@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastreg import formulas
-from fastreg.direct import apply, must_return_gradient, positions_to_write, run_after_backward
+from fastreg.direct import apply, may_write_gradient, must_return_gradient, run_after_backward
 from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local, local_parts
 from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.inplace import add_gradient
@@ -30,8 +30,7 @@ from fastreg.work import Work
 Sweep: TypeAlias = Callable[..., Measure | None]
 
 _N_OTHERS = 5  # inputs of the Function before the weights, the last two of them the strengths
-_IS_LEAF, _REQUIRES_GRAD = operator.attrgetter("is_leaf"), operator.attrgetter("requires_grad")
-_VERSION, _SHAPE = operator.attrgetter("_version"), operator.attrgetter("shape")
+_IS_LEAF, _VERSION, _SHAPE = map(operator.attrgetter, ("is_leaf", "_version", "shape"))
 
 
 def penalty_of(work: Work, return_terms: bool) -> Tensor | Penalty:
@@ -99,12 +98,14 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         if not any(ctx.needs_input_grad[_N_OTHERS:]):
             return (*none,)
         if work.is_attached:
-            _warn_of_two_penalties()
-        targets = None if ctx.gradients is not None else positions_to_write(ctx, work.weights, work.is_sharded)
-        if targets is None:
+            warnings.warn(
+                "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: "
+                "it counts twice; leave it out of the loss (reg.last has its value), or remove() the attachment",
+                stacklevel=1,
+            )
+        if ctx.gradients is not None or not may_write_gradient(ctx, work.weights, work.is_sharded):
             return (*none[:_N_OTHERS], *_gradients(ctx, work, scale))
-        if targets:
-            _write_after_backward(ctx, work, targets, scale)
+        _write_after_backward(ctx, work, scale)
         return (*none,)
 
 
@@ -140,44 +141,20 @@ def _facts(weights: Sequence[Tensor]) -> list[object]:
         return [(0 if w.is_inference() else w._version, 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]
 
 
-def _warn_of_two_penalties() -> None:
-    warnings.warn(
-        "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: it "
-        "counts twice; leave it out of the loss (reg.last has its value), or remove() the attachment",
-        stacklevel=2,
-    )
-
-
-def _write_after_backward(ctx: Any, work: Work, targets: Sequence[int], scale: Scale) -> None:
-    """Adds the gradients of the weights at `targets` to .grad once the running backward pass has finished."""
-    state = ctx.state
-    if len(targets) < len(work.weights):
-        work = _subset(work, targets)
-        state = WeightState(work.weights, work.is_sharded)
+def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
+    """Adds the weights' gradients to .grad once the running backward pass has finished."""
     l1, l2 = work.strengths
     if isinstance(l1, Tensor) or isinstance(l2, Tensor):
         # By then an optimizer of the strengths may have stepped in a hook.
         l1, l2 = [s.clone() if isinstance(s, Tensor) else s for s in (l1, l2)]
         work = work._replace(strengths=Strengths(l1, l2))
+    state: WeightState = ctx.state
 
     def write() -> None:
         state.check(work.weights)
-        alive = list(map(_REQUIRES_GRAD, work.weights))  # autograd leaves out what was frozen since
-        if all(alive):
-            add_gradient(work, scale=scale, with_value=False)
-        elif any(alive):
-            positions = list(itertools.compress(range(len(alive)), alive))
-            add_gradient(_subset(work, positions), scale=scale, with_value=False)
+        add_gradient(work, scale=scale, with_value=False)
 
     run_after_backward(write, work.weights[0].device, (l1, l2, *scale))
-
-
-def _subset(work: Work, positions: Sequence[int]) -> Work:
-    return work._replace(
-        names=[work.names[i] for i in positions],
-        weights=[work.weights[i] for i in positions],
-        groups=[work.groups[i] for i in positions],
-    )
 
 
 def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
@@ -238,12 +215,10 @@ def _if_float(strength: Strength) -> Any:
 
 def _scale(upstream: Sequence[Tensor | None]) -> Scale | None:
     """The upstream gradients of the two terms, where there are any; that of the total counts for both."""
-    total = upstream[0]
-    if len(upstream) == 1:
-        return None if total is None else Scale(total, total)
-    if all(grad is None for grad in upstream):
+    total, l1_term, l2_term = upstream if len(upstream) == 3 else (upstream[0], None, None)
+    if total is None and l1_term is None and l2_term is None:
         return None
-    return Scale(*(_sum(total, term) for term in upstream[1:]))
+    return Scale(_sum(total, l1_term), _sum(total, l2_term))
 
 
 def _sum(total: Tensor | None, term: Tensor | None) -> Strength:

@@ -1,8 +1,9 @@
 """The arithmetic of the PyTorch path on a block of weights, in scratch memory that stays in cache."""
 
+import functools
 import struct
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fastreg.scratch import Memory
 from fastreg.strengths import accumulate_dtype
 
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
+_FALSE = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
+_PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, **_FALSE}
 
 Pieces = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
 
@@ -55,7 +58,7 @@ class BlockOps:
 
     def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
-        wide = self._memory.vector("wide", self._accumulate, w.numel())
+        wide = self._memory.view("wide", self._accumulate, w.numel())
         if w.dtype != self._accumulate:
             w = wide.copy_(w)
         square_sum = torch.dot(w, w)
@@ -108,18 +111,7 @@ class BlockOps:
         if l1 == 0 or self._rounded(1 - dampening) != self._rounded(slope):
             return False
         sign = torch.sign(w, out=self._vector("sign", w))
-        torch._fused_sgd_(
-            [grad],
-            [w],
-            [sign],
-            weight_decay=0.0,
-            momentum=l1,
-            lr=-1.0,
-            dampening=dampening,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
+        torch._fused_sgd_([grad], [w], [sign], momentum=l1, dampening=dampening, **_PLAIN_SGD)
         return True
 
     def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float, out: Tensor) -> Tensor:
@@ -136,15 +128,18 @@ class BlockOps:
         return out if isinstance(l2, float) and l2 == 0 else out.div_(1 + 2 * l2)
 
     def _vector(self, name: str, like: Tensor) -> Tensor:
-        return self._memory.vector(name, self._compute, like.numel())
+        vector: Tensor = self._memory.view(name, self._compute, like.numel())
+        return vector
 
     def _packed(
         self, name: str, dtype: torch.dtype, block: Block, pieces: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """A vector for the block, parts of it in the shapes of `pieces`, and what is behind these."""
         shapes = tuple([piece.shape for piece in pieces])
-        key = dtype, shapes
-        return self._memory.view(key, name, block.padded, lambda vector: _cut_pack(vector, block, shapes), len(shapes))
+        cut = functools.partial(_cut_pack, block, shapes)
+        found: tuple[Tensor, tuple[Tensor, ...], Tensor | None]
+        found = self._memory.view(name, dtype, block.padded, shapes, cut, len(shapes))
+        return found
 
     def _rounded(self, number: float) -> float:
         """As the operators will take it."""
@@ -156,7 +151,7 @@ class BlockOps:
 
 
 def _cut_pack(
-    vector: Tensor, block: Block, shapes: Sequence[torch.Size]
+    block: Block, shapes: Sequence[torch.Size], vector: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     n = sum(block.sizes)
     parts = torch.split_with_sizes(vector[:n], block.sizes)

@@ -12,6 +12,7 @@ from fastreg.formulas import Measure, Mode, Penalty, compute_dtype, measure
 from fastreg.layout import Part
 from fastreg.scratch import give_back, is_watched, take_memory
 from fastreg.strengths import Scale, Strengths, accumulate_dtype
+from fastreg.work import Grads, Work
 
 # Elements of a block on a CPU: small enough for the cores' caches, large enough that the cost of an operator call
 # disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
@@ -83,20 +84,13 @@ class Walk:
 
 
 def block_sweep(
-    parts: Sequence[Part],
-    mode: Mode,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor] | None,
-    strengths: Strengths,
-    scale: Scale,
-    n_groups: int,
-    value_dtype: torch.dtype | None,
+    parts: Sequence[Part], mode: Mode, work: Work, grads: Grads, scale: Scale, value_dtype: torch.dtype | None
 ) -> Measure | None:
     """One sweep over the parts of one device.
 
     Args:
-        weights, grads: dense tensors in the caller's order, gradients with the strides of their weights.
-        strengths, scale: on that device.
+        work: with dense weights, and strengths on that device, as `scale`.
+        grads: with the strides of their weights.
         value_dtype: of the value, or None where none is wanted.
     """
     device = parts[0].device
@@ -106,17 +100,17 @@ def block_sweep(
         return None
     of_group: list[tuple[Any, Any]] = []
     if mode is not Mode.VALUE:
-        factors = strengths, scale
+        strengths = work.strengths
         if on_host:
             # Floats save a pass over every block, and in host memory there is nothing to wait for.
-            factors = Strengths(*map(_on_host, strengths)), Scale(*map(_on_host, scale))
-        of_group = [factors[0].of_group(group, factors[1]) for group in range(n_groups)]
-    sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_groups)]
+            strengths, scale = Strengths(*map(_on_host, strengths)), Scale(*map(_on_host, scale))
+        of_group = [strengths.of_group(group, scale) for group in range(work.n_groups)]
+    sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(work.n_groups)]
     memory = take_memory(device, CPU_BLOCK)
     try:
         for part in parts:
             walk = part.prepared(Walk)
-            sources = walk.pieces_of(weights)
+            sources = walk.pieces_of(work.weights)
             targets = sources if grads is None else walk.pieces_of(grads)
             ops = BlockOps(part.dtype, device, memory)
             for block in walk.blocks:
@@ -130,10 +124,10 @@ def block_sweep(
     if value_dtype is None:
         return None
     if on_host and not is_watched():
-        return _measure_on_host(sums, strengths, value_dtype)
+        return _measure_on_host(sums, work.strengths, value_dtype)
     zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
     totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
-    return measure(torch.stack(totals), strengths, value_dtype)
+    return measure(torch.stack(totals), work.strengths, value_dtype)
 
 
 def _measure_on_host(pairs: list[list[tuple[Tensor, Tensor]]], strengths: Strengths, dtype: torch.dtype) -> Measure:

@@ -2,10 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fastreg.strengths import Strength, check_strength
@@ -55,8 +54,9 @@ def collect(params: Any) -> Collected:
             )
         params = list(params)
     groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
-    found = Collected([], [], [])
-    find = _finder(found.candidates)
+    strengths: list[OwnStrengths] = []
+    modules: list[nn.Module] = []
+    seen: dict[Tensor, Candidate] = {}  # by identity, as tensors are hashed
     for index, group in enumerate([{"params": params}] if groups is None else groups):
         if not isinstance(group, Mapping):
             raise TypeError(f"params mixes group dicts with {type(group).__name__}; put that into a group of its own")
@@ -64,19 +64,17 @@ def collect(params: Any) -> Collected:
         if groups is not None:
             _check_keys(group, index)
         l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
-        found.strengths.append((l1, l2))
+        strengths.append((l1, l2))
         if isinstance(group["params"], nn.Module):
-            found.modules.extend(list(group["params"].modules()))
+            modules.extend(list(group["params"].modules()))
         for name, tensor in _named(group["params"], where):
-            known = find(tensor)
-            if known is None:
-                found.candidates.append(Candidate(name, tensor, index))
-            elif known.group != index:
+            known = seen.setdefault(tensor, Candidate(name, tensor, index))
+            if known.group != index:
                 raise ValueError(
                     f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "
                     "ambiguous, so leave it in one of them"
                 )
-    return found
+    return Collected(list(seen.values()), strengths, modules)
 
 
 def _check_keys(group: Mapping[Any, Any], index: int) -> None:
@@ -96,24 +94,6 @@ def _meant(key: str) -> str | None:
     if strength:
         return f"l{strength[1] or strength[2]}"
     return "params" if difflib.get_close_matches(plain, ["params", "parameters"], 1, 0.8) else None
-
-
-def _finder(candidates: list[Candidate]) -> Callable[[Tensor], Candidate | None]:
-    """Finds a tensor among `candidates`, to which the caller appends it where it is not found."""
-    index_of: dict[int, int] = {}
-
-    def by_id(tensor: Tensor) -> Candidate | None:
-        index = index_of.setdefault(id(tensor), len(candidates))
-        return candidates[index] if index < len(candidates) else None
-
-    def by_comparison(tensor: Tensor) -> Candidate | None:
-        for candidate in candidates:
-            if candidate.tensor is tensor:
-                return candidate
-        return None
-
-    # A compiler would take an id for a constant, and compile again for the next tensor.
-    return by_comparison if torch.compiler.is_compiling() else by_id
 
 
 def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:

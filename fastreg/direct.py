@@ -25,8 +25,10 @@ _HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
 _HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
     torch.autograd.Variable._execution_engine, "queue_callback"
 )
-_IS_LEAF, _DTYPE, _GRAD_DTYPE = map(operator.attrgetter, ("is_leaf", "dtype", "grad_dtype"))
-_HOOKS, _POST_HOOKS = map(operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
+_IS_LEAF, _REQUIRES_GRAD, _DTYPE = map(operator.attrgetter, ("is_leaf", "requires_grad", "dtype"))
+_HOOKS, _POST_HOOKS, _GRAD_DTYPE = map(
+    operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks", "grad_dtype")
+)
 
 
 def apply(function: Any, *inputs: Any) -> Any:
@@ -54,21 +56,18 @@ def must_return_gradient(weights: Sequence[Tensor], is_sharded: bool) -> bool:
     )
 
 
-def positions_to_write(node: Any, weights: Sequence[Tensor], is_sharded: bool) -> list[int] | None:
-    """The positions of the weights whose gradient the running pass would only add to .grad, for their `node`.
-
-    None where that is not so, or not known: the gradients must then be returned.
-    """
-    if must_return_gradient(weights, is_sharded) or _is_hooked(node):
-        return None
-    nodes = node.next_functions[-len(weights) :]
+def may_write_gradient(node: Any, weights: Sequence[Tensor], is_sharded: bool) -> bool:
+    """Whether the running pass would do nothing with the gradients that `node` returns but add each to its .grad."""
+    if must_return_gradient(weights, is_sharded) or _is_hooked(node) or not all(map(_REQUIRES_GRAD, weights)):
+        return False
+    nodes = [each for each, _ in node.next_functions[-len(weights) :]]
     # Whoever holds an AccumulateGrad node does so to hook it, and asking all of them for their hooks takes too long.
-    if max(_references(nodes)) > _UNSHARED:
-        return None
+    if None in nodes or max(map(sys.getrefcount, nodes)) > _UNSHARED:
+        return False
     try:
-        return [i for i, (each, _) in enumerate(nodes) if each and torch._C._will_engine_execute_node(each)]
+        return all(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:  # torch.autograd.grad
-        return None
+        return False
 
 
 def run_after_backward(callback: Callable[[], None], device: torch.device, tensors: Sequence[object]) -> None:
@@ -96,16 +95,12 @@ def _following(producer: Any, callback: Callable[[], None], tensors: Sequence[ob
     return run
 
 
-def _references(edges: Any) -> list[int]:
-    """How often the node of each edge is referenced, as seen from here."""
-    return [sys.getrefcount(node) for node, _ in edges]
-
-
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _references_of_an_unshared_node() -> int:
     graph: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
-    return max(_references(graph.grad_fn.next_functions))
+    nodes = [each for each, _ in graph.grad_fn.next_functions]
+    return max(map(sys.getrefcount, nodes))
 
 
 # PyTorch versions differ in how many references are their own.

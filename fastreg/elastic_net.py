@@ -11,7 +11,7 @@ from fastreg.collect import copied
 from fastreg.filters import Filter
 from fastreg.formulas import Measure, Penalty
 from fastreg.inplace import add_gradient, apply_prox
-from fastreg.selection import Selection, check_impl, check_reduce
+from fastreg.selection import Impl, Selection, check_impl, check_reduce
 from fastreg.strengths import Strength, accumulate_dtype, check_strength
 from fastreg.work import Work
 
@@ -34,8 +34,8 @@ class ElasticNet:
 
     # No other attributes: a misspelt `reg.lambda1 = 0.1` would be no strength.
     __slots__ = (
-        "__weakref__", "_attachment", "_buffers", "_filters", "_impl", "_l1", "_l2", "_params", "_published",
-        "_selection", "_work", "last",
+        "__weakref__", "_attachment", "_buffers", "_filters", "_impl", "_params", "_published", "_selection",
+        "_strengths", "_work", "last",
     )  # fmt: skip
 
     def __init__(
@@ -46,21 +46,20 @@ class ElasticNet:
         *,
         include: Filter = None,
         exclude: Filter = None,
-        impl: Literal["triton", "torch"] | None = None,
+        impl: Impl = None,
     ) -> None:
         check_impl(impl)
-        self._l1 = check_strength(l1, "l1")
-        self._l2 = check_strength(l2, "l2")
+        self._strengths: list[Strength] = [check_strength(l1, "l1"), check_strength(l2, "l2")]
         self._impl = impl
         self._params = copied(params)
         self._filters = (include, exclude)
         self._selection = Selection(self._params, include, exclude)
-        self._selection.work(self._l1, self._l2, impl)  # checks the strengths' devices
+        self._selection.work(self._strengths[0], self._strengths[1], impl)  # checks the strengths' devices
         self._work: Work | None = None
         self._attachment: Attachment | None = None
         self.last: Penalty | None = None
         self._buffers: list[Tensor] = []
-        self._published: tuple[Tensor | None, ...] | None = None
+        self._published: list[Tensor] | None = None
         self._publish_strengths()
 
     @classmethod
@@ -84,9 +83,7 @@ class ElasticNet:
 
     @l1.setter
     def l1(self, value: Strength) -> None:
-        self._l1 = check_strength(value, "l1")
-        self._work = None
-        self._publish_strengths()
+        self._assign(0, check_strength(value, "l1"))
 
     @property
     def l2(self) -> Strength:
@@ -95,9 +92,7 @@ class ElasticNet:
 
     @l2.setter
     def l2(self, value: Strength) -> None:
-        self._l2 = check_strength(value, "l2")
-        self._work = None
-        self._publish_strengths()
+        self._assign(1, check_strength(value, "l2"))
 
     @overload
     def __call__(self, *, return_terms: Literal[False] = False, reduce: bool = True) -> Tensor: ...
@@ -165,8 +160,8 @@ class ElasticNet:
         n_elements = sum(w.numel() for w in weights)
         return f"ElasticNet({len(weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
 
-    def _publish(self, penalty: Penalty) -> None:
-        self.last = penalty
+    def _publish(self, measured: Measure | None) -> None:
+        self.last = _penalty(measured)
 
     def _forget_attachment(self, attachment: Attachment) -> None:
         if self._attachment is attachment:
@@ -186,6 +181,11 @@ class ElasticNet:
             self._work = work
         return work
 
+    def _assign(self, which: int, strength: Strength) -> None:
+        self._strengths[which] = strength
+        self._work = None
+        self._publish_strengths()
+
     def _publish_strengths(self) -> None:
         """Leaves both strengths as tensors for compiled code, in which nothing then depends on their values.
 
@@ -199,17 +199,14 @@ class ElasticNet:
             device = self._selection.weights[0].device
             with torch.inference_mode(False):
                 self._buffers = [torch.zeros((), dtype=accumulate_dtype(device), device=device) for _ in range(2)]
-        for strength, buffer in zip((self._l1, self._l2), self._buffers, strict=True):
-            if not isinstance(strength, Tensor):
-                buffer.fill_(strength)
-        self._published = tuple(s if isinstance(s, Tensor) else None for s in (self._l1, self._l2))
+        pairs = list(zip(self._strengths, self._buffers, strict=True))
+        self._published = [s if isinstance(s, Tensor) else buffer.fill_(s) for s, buffer in pairs]
 
     def _strength(self, which: int) -> Strength:
         """l1 or l2; for a compiler without a look at a float, which it would take for a constant."""
         if self._published is None or not torch.compiler.is_compiling():
-            return (self._l1, self._l2)[which]
-        given = self._published[which]
-        return self._buffers[which].to(self._selection.weights[0].device) if given is None else given
+            return self._strengths[which]
+        return self._published[which].to(self._selection.weights[0].device)
 
 
 def _penalty(measured: Measure | None) -> Penalty:

@@ -31,7 +31,7 @@ def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True
     else:
         if layout is None:
             check_kinds(work.names, work.weights)
-        grads = _usable_gradients(work, grads)
+        grads = [_usable_gradient(w, name) for w, name in zip(work.weights, work.names, strict=True)]
         found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
         for w, grad in zip(work.weights, grads, strict=True):
             if w.grad is not grad:
@@ -86,24 +86,6 @@ def _mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(tensors)
     if work.is_sharded:
         torch.autograd.graph.increment_version([local(t) for t in tensors if is_dtensor(t)])
-
-
-def _usable_gradients(work: Work, grads: Sequence[Tensor | None]) -> list[Any]:
-    """`grads`, with others in place of those that cannot be added to as they are."""
-    usable = list(grads)
-    for i, (name, w, grad) in enumerate(zip(work.names, work.weights, grads, strict=True)):
-        if (
-            work.is_sharded
-            or grad is None
-            or grad.layout is not torch.strided
-            or grad.dtype is not w.dtype
-            or grad.shape != w.shape
-            or grad.get_device() != w.get_device()
-            or not grad.is_contiguous()
-            or _is_inference(grad)
-        ):
-            usable[i] = _usable_gradient(w, name)
-    return usable
 
 
 def _usable_gradient(weight: Tensor, name: str) -> Tensor:

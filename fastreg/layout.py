@@ -21,42 +21,22 @@ MOST_KEYS = 64
 MOST_PER_KEY = 4
 
 
-def _tensor_guards() -> Any:
-    """torch's TensorGuards, or None where this PyTorch has none that works as expected here."""
-    some: Any = torch.empty(0, device="cpu")
-    try:
-        found: Any = torch._C._dynamo.guards.TensorGuards
-        works = found(some, dynamic_dims_sizes=None, dynamic_dims_strides=None).check(some)
-    except (AttributeError, TypeError):
-        return None
-    return found if works else None
-
-
-_TENSOR_GUARDS = _tensor_guards()
+try:
+    _TensorGuards: Any = torch._C._dynamo.guards.TensorGuards
+except AttributeError:  # nothing is then found again: slower, and the same numbers
+    _TensorGuards = None
 
 
 class Snapshot:
     """Kind, dtype, device, shape, strides and requires_grad of a list of tensors, none of which it keeps alive."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards: Any = None
-        if _TENSOR_GUARDS is not None:
-            self._guards = _TENSOR_GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        else:
-            self._facts = list(map(_facts, tensors))
+        guards = _TensorGuards and _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self._check = guards.check if guards else None
 
     def matches(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether all of these are the same for `tensors`, as many as there were."""
-        if self._guards is not None:
-            return bool(self._guards.check(*tensors))
-        return list(map(_facts, tensors)) == self._facts
-
-
-def _facts(tensor: Tensor | None) -> tuple[Any, ...]:
-    if tensor is None or tensor.layout != torch.strided:
-        return (tensor is None,)
-    kind = type(tensor), tensor.dtype, tensor.device, tensor.is_neg(), tensor.is_inference()
-    return *kind, torch.is_inference_mode_enabled(), tensor.shape, tensor.stride(), tensor.requires_grad
+        return self._check is not None and self._check(*tensors)
 
 
 class Part:
@@ -88,7 +68,7 @@ class Layout:
         self._groups = list(groups)
         self._memory = [(w.dtype, w.device, w.numel()) for w in weights]
         self._weights = Snapshot(weights)
-        self._grads: Snapshot | None = None
+        self.grads: Snapshot | None = None  # of gradients that may be written to as they are
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
         for position, (weight, address, group) in enumerate(zip(weights, self.addresses, groups, strict=True)):
             parts = by_device.setdefault(weight.device, {})
@@ -110,11 +90,7 @@ class Layout:
 
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
-        return self._grads is not None and self._grads.matches(grads)
-
-    def store_gradients(self, grads: Sequence[Tensor]) -> None:
-        """Stores the gradients' shapes, strides and kinds, to compare with at the next call."""
-        self._grads = Snapshot(grads)
+        return self.grads is not None and self.grads.matches(grads)
 
 
 _LAYOUTS: dict[tuple[int, int], tuple[Layout, ...]] = {}

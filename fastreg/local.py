@@ -3,6 +3,7 @@
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,19 +11,13 @@ from torch import Tensor
 from fastreg.blocks import block_sweep
 from fastreg.formulas import Measure, Mode, measure
 from fastreg.kinds import check_kinds
-from fastreg.layout import Layout, find_layout, store_layout
+from fastreg.layout import Snapshot, find_layout, store_layout
 from fastreg.strengths import UNSCALED, Scale
-from fastreg.work import Work
+from fastreg.work import Grads, Work
 
 
 def local_sweep(
-    work: Work,
-    mode: Mode,
-    *,
-    scale: Scale = UNSCALED,
-    grads: Sequence[Tensor] | None = None,
-    with_value: bool = True,
-    layout: Layout | None = None,
+    work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True, layout: Any = None
 ) -> Measure | None:
     """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
 
@@ -30,7 +25,7 @@ def local_sweep(
         mode: what to do besides reading; the gradient modes write or update `grads`.
         scale: factors on the strengths, read on the device.
         grads: one tensor of the weight's shape, dtype and device for each weight.
-        layout: that of the weights, where the caller has found it and it accepts `grads`.
+        layout: the `Layout` of the weights, where the caller has found it and it accepts `grads`.
 
     Returns:
         The value, if asked for: in PROX that of the weights before the step.
@@ -39,17 +34,17 @@ def local_sweep(
         TypeError: a weight that changed its kind since it was selected.
         RuntimeError: impl="triton" where it cannot run.
     """
-    weights, staged = work.weights, grads
+    dense, staged = work, grads
     if layout is None:
-        layout = find_layout(weights, work.groups)
+        layout = find_layout(work.weights, work.groups)
         if layout is None:
-            check_kinds(work.names, weights)
-            weights = [as_dense(w) for w in weights]
-            layout = find_layout(weights, work.groups) or store_layout(weights, work.groups)
+            check_kinds(work.names, work.weights)
+            dense = work._replace(weights=[as_dense(w) for w in work.weights])
+            layout = find_layout(dense.weights, work.groups) or store_layout(dense.weights, work.groups)
         if grads is not None and not layout.accepts(grads):
-            staged = [_stage(g, w, mode) for g, w in zip(grads, weights, strict=True)]
+            staged = [_stage(g, w, mode) for g, w in zip(grads, dense.weights, strict=True)]
             if all(map(operator.is_, staged, grads)):
-                layout.store_gradients(grads)
+                layout.grads = Snapshot(grads)
     # All decided before the first write, so that an error leaves everything as it was.
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     dtype = layout.value_dtype if with_value else None
@@ -57,12 +52,12 @@ def local_sweep(
     # Tensor subclasses that merely mark their tensors would mark the value too.
     with torch._C.DisableTorchFunctionSubclass():
         for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
-            factors = work.strengths, scale
+            here, scale_here = dense, scale
             if len(backends) > 1:
-                factors = work.strengths.on(device), scale.on(device)
-            measures.append(backend(parts, mode, weights, staged, *factors, work.n_groups, dtype))
-    if weights is not work.weights and mode is Mode.PROX:
-        _copy_back(weights, work.weights)
+                here, scale_here = dense._replace(strengths=dense.strengths.on(device)), scale.on(device)
+            measures.append(backend(parts, mode, here, staged, scale_here, dtype))
+    if dense is not work and mode is Mode.PROX:
+        _copy_back(dense.weights, work.weights)
     if staged is not None and grads is not None and staged is not grads:
         _copy_back(staged, grads)
     if dtype is None or len(measures) == 1:
@@ -74,11 +69,7 @@ def local_sweep(
 
 
 def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure | None]:
-    """`kernel_sweep` or `block_sweep`: the one place that decides between Triton and PyTorch.
-
-    Raises:
-        RuntimeError: "triton" asked for where it is missing or cannot run.
-    """
+    """`kernel_sweep` or `block_sweep`, the one place that decides; RuntimeError where "triton" cannot be had."""
     if impl == "torch" or (impl is None and device.type != "cuda"):
         return block_sweep
     try:
@@ -95,11 +86,6 @@ def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure
             "TRITON_INTERPRET=1 before fastreg is first used"
         )
     return kernels.kernel_sweep
-
-
-def uses_triton(device: torch.device, impl: str | None) -> bool:
-    """Whether `backend_for` decides for Triton; raises as it does."""
-    return backend_for(device, impl) is not block_sweep
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -19,39 +19,25 @@ import torch
 from torch import Tensor
 
 from fastreg.autograd import penalty_of
-from fastreg.dtensor import any_dtensor, local_parts
+from fastreg.dtensor import local_parts
 from fastreg.filters import Filter
 from fastreg.formulas import Penalty
 from fastreg.inplace import add_gradient, apply_prox
-from fastreg.selection import Selection, select
+from fastreg.selection import Impl, Selection, select
 from fastreg.sharded import Ownership
 from fastreg.strengths import Strength, check_strength
 
 
+# fmt: off
 @overload
-def elastic_penalty(
-    params: Any,
-    l1: Strength = 0.0,
-    l2: Strength = 0.0,
-    *,
-    include: Filter = None,
-    exclude: Filter = None,
-    return_terms: Literal[False] = False,
-    reduce: bool = True,
-    impl: Literal["triton", "torch"] | None = None,
-) -> Tensor: ...
+def elastic_penalty(params: Any, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
+                    exclude: Filter = ..., return_terms: Literal[False] = ..., reduce: bool = ...,
+                    impl: Impl = ...) -> Tensor: ...
 @overload
-def elastic_penalty(
-    params: Any,
-    l1: Strength = 0.0,
-    l2: Strength = 0.0,
-    *,
-    include: Filter = None,
-    exclude: Filter = None,
-    return_terms: Literal[True],
-    reduce: bool = True,
-    impl: Literal["triton", "torch"] | None = None,
-) -> Penalty: ...
+def elastic_penalty(params: Any, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
+                    exclude: Filter = ..., return_terms: Literal[True], reduce: bool = ...,
+                    impl: Impl = ...) -> Penalty: ...
+# fmt: on
 def elastic_penalty(
     params: Any,
     l1: Strength = 0.0,
@@ -61,7 +47,7 @@ def elastic_penalty(
     exclude: Filter = None,
     return_terms: bool = False,
     reduce: bool = True,
-    impl: Literal["triton", "torch"] | None = None,
+    impl: Impl = None,
 ) -> Tensor | Penalty:
     """The L1 + L2 penalty of all weights, l1 * Σ|w| + l2 * Σw², to add to a loss.
 
@@ -114,7 +100,7 @@ def add_elastic_grad_(
     include: Filter = None,
     exclude: Filter = None,
     reduce: bool = True,
-    impl: Literal["triton", "torch"] | None = None,
+    impl: Impl = None,
 ) -> Penalty:
     """Adds the penalty's gradient, l1 * sign(w) + 2 * l2 * w, to .grad, and returns the penalty, in one pass.
 
@@ -151,7 +137,7 @@ def elastic_prox_(
     lr: Strength,
     include: Filter = None,
     exclude: Filter = None,
-    impl: Literal["triton", "torch"] | None = None,
+    impl: Impl = None,
 ) -> None:
     """Applies the proximal step of the penalty to the weights in place: w = prox_lr(w), with exact zeros.
 
@@ -190,9 +176,5 @@ def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> 
     device = weights[0].device
     with torch._C.DisableTorchFunctionSubclass():
         counts = [torch.count_nonzero(part).to(device) for part in local_parts(weights)]
-        if any_dtensor(weights):
-            ownership = Ownership(weights, all_reduce=True)
-            nonzero = ownership.total(counts, ownership.mesh_index)
-        else:
-            nonzero = torch.stack(counts).sum()
-        return ((total - nonzero).double() / total).float()
+        ownership = Ownership(weights, all_reduce=True)
+        return ((total - ownership.total(counts, ownership.mesh_index)).double() / total).float()

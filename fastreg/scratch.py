@@ -1,13 +1,12 @@
 """Memory that the PyTorch path works in, with views of it that cost an operator call each to make."""
 
 import threading
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
 # Views that a thread keeps, of some hundred bytes each.
 MOST_VIEWS = 1 << 14
 
@@ -21,22 +20,22 @@ class Memory:
         self._views: dict[Hashable, Any] = {}
         self._n_views = 0
 
-    def vector(self, name: str, dtype: torch.dtype, n: int) -> Tensor:
-        """`n` elements, the same at every call with this name and dtype."""
-        return self.view((dtype, n), name, n, _whole, 1)
-
     def view(
-        self, key: tuple[torch.dtype, Hashable], name: str, n: int, make: Callable[[Tensor], T], n_views: int
-    ) -> T:
-        """What `make` makes of that vector: `n_views` views, kept under a dtype and whatever else it depends on."""
-        found: T | None = self._views.get((name, key))
+        self, name: str, dtype: torch.dtype, n: int, key: Hashable = None, make: Any = None, n_views: int = 1
+    ) -> Any:
+        """`n` elements, the same at every call with this name and dtype.
+
+        Or what `make` makes of them: `n_views` views, kept under `key`, which tells all that they depend on.
+        """
+        found = self._views.get((name, dtype, n, key))
         if found is None:
             # Made for every later call, in whatever mode that is.
             with torch.inference_mode(False), torch.no_grad():
-                found = make(self._buffer(name, key[0], n)[:n])
+                found = self._buffer(name, dtype, n)[:n]
+                found = found if make is None else make(found)
             if self._n_views >= MOST_VIEWS:
                 self._forget_views()
-            self._views[name, key] = found
+            self._views[name, dtype, n, key] = found
             self._n_views += n_views
         return found
 
@@ -82,7 +81,3 @@ def give_back(memory: Memory) -> None:
 def is_watched() -> bool:
     """Whether modes or transforms look on, which record operators or put tensors of their own in place of others."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _whole(vector: Tensor) -> Tensor:
-    return vector

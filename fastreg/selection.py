@@ -3,17 +3,19 @@
 import operator
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from fastreg.collect import Candidate, OwnStrengths, collect
+from fastreg.collect import Candidate, collect
 from fastreg.dtensor import any_dtensor, gathered_by_fsdp, is_fsdp1
 from fastreg.filters import Filter, filtered
 from fastreg.kinds import check_kinds
 from fastreg.strengths import Strength, Strengths, check_strength, per_group
 from fastreg.work import Work
+
+Impl: TypeAlias = Literal["triton", "torch"] | None
 
 
 class Selection:
@@ -36,11 +38,13 @@ class Selection:
         self.weights = [c.tensor for c in chosen]
         check_kinds(self.names, self.weights)
         _check_fsdp(chosen, modules)
-        # Groups of equal strengths are one, and groups that lost all their weights are none.
-        self._own_strengths: list[OwnStrengths] = []
-        used = dict.fromkeys(c.group for c in chosen)
-        merged = {group: _index_of(own_strengths[group], self._own_strengths) for group in used}
-        self.groups = [merged[c.group] for c in chosen]
+        # Groups of equal strengths are one, and groups that lost all their weights are none. A compiler, which would
+        # take a float for a constant to compare it, keeps them apart.
+        is_compiling = torch.compiler.is_compiling()
+        keys: list[Any] = [c.group if is_compiling else own_strengths[c.group] for c in chosen]
+        index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        self.groups = [index_of[key] for key in keys]
+        self._own_strengths = [own_strengths[key] if is_compiling else key for key in index_of]
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
@@ -112,23 +116,6 @@ def _trainable(candidates: list[Candidate]) -> list[bool]:
     if not any(trainable):
         raise ValueError(f"nothing selected: all {len(candidates)} parameters are frozen (requires_grad=False)")
     return trainable
-
-
-def _index_of(entry: OwnStrengths, known: list[OwnStrengths]) -> int:
-    """Where `known` has an equal entry; it is appended where there is none.
-
-    Not by hash, for which a compiler would take a float for a constant.
-    """
-    for i, one in enumerate(known):
-        if all(map(_known_equal, one, entry)):
-            return i
-    known.append(entry)
-    return len(known) - 1
-
-
-def _known_equal(one: Strength | None, other: Strength | None) -> bool:
-    """Whether two are known to be equal; to compare tensors one would have to wait for the device."""
-    return one is other or not (isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor) or one != other)
 
 
 def _check_fsdp(chosen: list[Candidate], modules: Iterable[nn.Module]) -> None:

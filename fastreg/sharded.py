@@ -17,7 +17,7 @@ from fastreg.dtensor import is_dtensor, local_parts
 from fastreg.formulas import Measure, Mode, measure, value_dtype
 from fastreg.local import local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strengths, per_group
-from fastreg.work import Work
+from fastreg.work import Grads, Work
 
 REPLICATED = -1  # counted by every rank by itself: the same number everywhere
 NOT_COUNTED = -2  # counted by another rank
@@ -71,12 +71,7 @@ class Ownership:
 
 
 def sharded_sweep(
-    work: Work,
-    mode: Mode,
-    *,
-    scale: Scale = UNSCALED,
-    grads: Sequence[Tensor] | None = None,
-    with_value: bool = True,
+    work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True
 ) -> Measure | None:
     """`local_sweep` of this rank's shards, with the value of all ranks', or its own if not `work.all_reduce`.
 

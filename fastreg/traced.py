@@ -5,19 +5,19 @@ kernels are hidden in custom operators, whose schemas declare what they change. 
 those are expressions of the operators' sums, through which the strengths get their gradients.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from fastreg import formulas
+from fastreg.blocks import block_sweep
 from fastreg.dtensor import any_dtensor, hides_dtensor
 from fastreg.formulas import Measure, Mode, value_dtype
 from fastreg.kinds import check_kinds
-from fastreg.local import local_sweep, uses_triton
+from fastreg.local import backend_for, local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
-from fastreg.work import Work
+from fastreg.work import Grads, Work
 
 # mode="reduce-overhead" would let tables that outlive a call be allocated in memory that it takes back. Graphs that are
 # captured by hand do not.
@@ -34,12 +34,7 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_sweep(
-    work: Work,
-    mode: Mode,
-    *,
-    scale: Scale = UNSCALED,
-    grads: Sequence[Tensor] | None = None,
-    with_value: bool = True,
+    work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True
 ) -> Measure | None:
     """`local_sweep` in VALUE, ACCUMULATE and PROX, in terms of operators that compilers and transforms see through.
 
@@ -52,7 +47,7 @@ def traced_sweep(
             "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
         )
     check_kinds(work.names, weights)
-    if is_transformed() or not any(uses_triton(w.device, work.impl) for w in weights):
+    if is_transformed() or all(backend_for(w.device, work.impl) is block_sweep for w in weights):
         sums = formulas.group_sums(weights, groups, n_groups) if with_value else None
         formulas.update(mode, weights, grads, groups, work.strengths, scale)
     elif mode is Mode.VALUE:
@@ -94,23 +89,13 @@ def _sums(found: Measure | None, like: Tensor) -> Tensor:
     return like.new_empty((0, 2), dtype=torch.float64) if found is None else found.sums
 
 
-@library.custom_op(
-    "fastreg::group_sums",
-    mutates_args=(),
-    tags=_TAGS,
-    schema="(Tensor[] weights, int[] groups, int n_groups, str? impl) -> Tensor",
-)
+@library.custom_op("fastreg::group_sums", mutates_args=(), tags=_TAGS)
 def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
     """Sums of |w| and w² of each strength group, float64 [n_groups, 2]; differentiable, twice."""
     return _sums(local_sweep(_work(weights, groups, n_groups, 1.0, 1.0, impl), Mode.VALUE), weights[0])
 
 
-@library.custom_op(
-    "fastreg::gradients",
-    mutates_args=(),
-    tags=_TAGS,
-    schema="(Tensor[] weights, int[] groups, Tensor l1, Tensor l2, str? impl) -> Tensor[]",
-)
+@library.custom_op("fastreg::gradients", mutates_args=(), tags=_TAGS)
 def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
     """l1 * sign(w) + 2 * l2 * w of each weight, for strengths [n_groups]; differentiable."""
     grads = [torch.empty_like(w) for w in weights]
@@ -118,13 +103,7 @@ def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, 
     return grads
 
 
-@library.custom_op(
-    "fastreg::add_gradient_",
-    mutates_args=("grads",),
-    tags=_TAGS,
-    schema="(Tensor(a!)[] grads, Tensor[] weights, int[] groups, Tensor l1, Tensor l2, bool with_value, str? impl)"
-    " -> Tensor",
-)
+@library.custom_op("fastreg::add_gradient_", mutates_args=("grads",), tags=_TAGS)
 def add_gradient_(
     grads: list[Tensor],
     weights: list[Tensor],
@@ -139,12 +118,7 @@ def add_gradient_(
     return _sums(local_sweep(work, Mode.ACCUMULATE, grads=grads, with_value=with_value), l1)
 
 
-@library.custom_op(
-    "fastreg::prox_",
-    mutates_args=("weights",),
-    tags=_TAGS,
-    schema="(Tensor(a!)[] weights, int[] groups, Tensor l1, Tensor l2, bool with_value, str? impl) -> Tensor",
-)
+@library.custom_op("fastreg::prox_", mutates_args=("weights",), tags=_TAGS)
 def prox_(
     weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: str | None
 ) -> Tensor:
@@ -153,26 +127,14 @@ def prox_(
     return _sums(local_sweep(work, Mode.PROX, with_value=with_value), l1)
 
 
-@group_sums.register_fake
-def _(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
-    return weights[0].new_empty((n_groups, 2), dtype=torch.float64)
-
-
-@gradients.register_fake
-def _(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
-    return [torch.empty_like(w) for w in weights]
-
-
-@add_gradient_.register_fake
-def _(
-    grads: list[Tensor], weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: Any
-) -> Tensor:
+def _fake_sums(l1: Tensor, with_value: bool) -> Tensor:
     return l1.new_empty((l1.numel(), 2) if with_value else (0, 2), dtype=torch.float64)
 
 
-@prox_.register_fake
-def _(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: Any) -> Tensor:
-    return l1.new_empty((l1.numel(), 2) if with_value else (0, 2), dtype=torch.float64)
+group_sums.register_fake(lambda ws, groups, n_groups, impl: ws[0].new_empty((n_groups, 2), dtype=torch.float64))
+gradients.register_fake(lambda ws, groups, l1, l2, impl: [torch.empty_like(w) for w in ws])
+add_gradient_.register_fake(lambda grads, ws, groups, l1, l2, with_value, impl: _fake_sums(l1, with_value))
+prox_.register_fake(lambda ws, groups, l1, l2, with_value, impl: _fake_sums(l1, with_value))
 
 
 def _save_for_sums(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -1,11 +1,13 @@
 """`Work`: what a sweep works on, the one value that every layer hands down."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from fastreg.strengths import Strengths
+
+Grads: TypeAlias = Sequence[Tensor] | None  # one for each weight
 
 
 class Work(NamedTuple):

@@ -14,7 +14,8 @@ from fastreg.device_cache import DeviceCache, to_device
 from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
 from fastreg.layout import Part
-from fastreg.strengths import Scale, Strengths
+from fastreg.strengths import Scale
+from fastreg.work import Grads, Work
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
@@ -87,14 +88,7 @@ class PointerTables:
 
 
 def kernel_sweep(
-    parts: Sequence[Part],
-    mode: Mode,
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor] | None,
-    strengths: Strengths,
-    scale: Scale,
-    n_groups: int,
-    value_dtype: torch.dtype | None,
+    parts: Sequence[Part], mode: Mode, work: Work, grads: Grads, scale: Scale, value_dtype: torch.dtype | None
 ) -> Measure | None:
     """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
 
@@ -105,12 +99,13 @@ def kernel_sweep(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device.
         with torch.cuda.device(device):
-            return kernel_sweep(parts, mode, weights, grads, strengths, scale, n_groups, value_dtype)
+            return kernel_sweep(parts, mode, work, grads, scale, value_dtype)
     pointers = [part.prepared(PointerTables) for part in parts]
     tables = list(map(PointerTables.of_weights, pointers))
     n_chunks = sum(map(_N_CHUNKS, tables))
-    l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = [s if isinstance(s, Tensor) else None for s in (*strengths, *scale)]
-    l1, l2, factor_l1, factor_l2 = [1.0 if isinstance(s, Tensor) else s for s in (*strengths, *scale)]
+    factors = *work.strengths, *scale
+    l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = [s if isinstance(s, Tensor) else None for s in factors]
+    l1, l2, factor_l1, factor_l2 = [1.0 if isinstance(s, Tensor) else s for s in factors]
     partials = None if value_dtype is None else torch.empty((n_chunks, 2), dtype=torch.float64, device=device)
     first_partial = 0
     for part, pointer, table in zip(parts, pointers, tables, strict=True):
@@ -139,10 +134,10 @@ def kernel_sweep(
     if value_dtype is None:
         return None
     total, l1_term, l2_term = [torch.empty((), dtype=value_dtype, device=device) for _ in range(3)]
-    sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
-    _finish_kernel[(1 + n_groups,)](
+    sums = torch.empty((work.n_groups, 2), dtype=torch.float64, device=device)
+    _finish_kernel[(1 + work.n_groups,)](
         partials_ptr=partials,
-        chunk_group_ptr=_chunk_groups(pointers, tables) if n_groups > 1 else None,
+        chunk_group_ptr=_chunk_groups(pointers, tables) if work.n_groups > 1 else None,
         total_ptr=total,
         l1_term_ptr=l1_term,
         l2_term_ptr=l2_term,

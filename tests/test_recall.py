@@ -23,9 +23,9 @@ from tests.ways import Path
 @pytest.fixture(autouse=True, params=["guards", "facts"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "facts":
-        monkeypatch.setattr(layout, "_TENSOR_GUARDS", None)
+        monkeypatch.setattr(layout, "_TensorGuards", None)
     else:
-        assert layout._TENSOR_GUARDS is not None
+        assert layout._TensorGuards is not None
     layout.forget_layouts()
     yield
     layout.forget_layouts()
