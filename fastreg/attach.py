@@ -32,7 +32,9 @@ class Attachment:
         publish: Callable[[Measure | None], None],
         on_remove: Callable[["Attachment"], None],
     ) -> None:
-        optimizer = _unwrapped(optimizer)
+        # Wrappers such as Accelerate's have hooks of their own, which never run.
+        while "optimizer" in getattr(optimizer, "__dict__", ()) and isinstance(optimizer.optimizer, Optimizer):
+            optimizer = optimizer.optimizer
         _check(optimizer, mode)
         self._optimizer, self._on_remove = weakref.ref(optimizer), on_remove
         work = current()
@@ -40,7 +42,14 @@ class Attachment:
         if mode == "prox":
             _steps(optimizer)
         self._weight_ids = set(map(id, work.weights))
-        _warn_of_others(optimizer, work)
+        others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
+        shared = [name for name, w in zip(work.names, work.weights, strict=True) if id(w) in others]
+        if shared:
+            warnings.warn(
+                f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be "
+                "applied at every step; remove() one of them, or let them select different parameters",
+                stacklevel=3,
+            )
 
         def add(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if any(arg is not None for arg in (*args[1:], kwargs.get("closure"))):
@@ -89,24 +98,6 @@ class Attachment:
         self._on_remove(self)
 
 
-def _warn_of_others(optimizer: Optimizer, work: Work) -> None:
-    others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
-    shared = [name for name, w in zip(work.names, work.weights, strict=True) if id(w) in others]
-    if shared:
-        warnings.warn(
-            f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be applied "
-            "at every step; remove() one of them, or let them select different parameters",
-            stacklevel=4,
-        )
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer that makes the steps: wrappers such as Accelerate's have hooks of their own that never run."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer) and "optimizer" in vars(optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _check(optimizer: Any, mode: str) -> None:
     if mode not in ("grad", "prox"):
         raise ValueError(f'mode must be "grad" or "prox", got {mode!r}')
@@ -130,11 +121,7 @@ def _group_of_each(optimizer: Optimizer, work: Work) -> list[int]:
 
 
 def _steps(optimizer: Optimizer) -> list[Strength]:
-    """The step size of each param group: its learning rate, or 0 where the step was skipped.
-
-    Raises:
-        ValueError: a group without a learning rate, or with one that is negative, NaN or infinite.
-    """
+    """The step size of each param group: its learning rate, which has to be a valid one, or 0 where none was made."""
     # Where a fused optimizer found infinite gradients it left the weights alone, and so does a step of size 0.
     found_inf = getattr(optimizer, "found_inf", None)
     steps: list[Strength] = []

@@ -61,9 +61,7 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             leaves = list(itertools.compress(weights, ctx.is_leaf))
             saved += [w for w in weights if not w.is_leaf]
         ctx.leaves = leaves
-        ctx.work = (
-            work if len(saved) == 0 else work._replace(weights=(), strengths=Strengths(*map(_if_float, (l1, l2))))
-        )
+        ctx.work = work._replace(weights=(), strengths=_floats_of(l1, l2)) if saved else work
         ctx.state = WeightState(leaves, work.is_sharded)
         mode, ctx.gradients = Mode.VALUE, None
         if any(ctx.needs_input_grad[_N_OTHERS:]) and must_return_gradient(weights, work.is_sharded):
@@ -209,8 +207,8 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
     return (*grads,)
 
 
-def _if_float(strength: Strength) -> Any:
-    return None if isinstance(strength, Tensor) else strength
+def _floats_of(*strengths: Any) -> Strengths:
+    return Strengths(*[None if isinstance(s, Tensor) else s for s in strengths])
 
 
 def _scale(upstream: Sequence[Tensor | None]) -> Scale | None:

@@ -3,20 +3,20 @@
 import functools
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastreg.formulas import Mode, compute_dtype
 from fastreg.scratch import Memory
-from fastreg.strengths import accumulate_dtype
+from fastreg.strengths import Strength, accumulate_dtype
 
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
-_FALSE = dict.fromkeys(("nesterov", "maximize", "is_first_step"), False)
-_PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, **_FALSE}
+_PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
-Pieces = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
+Pieces: TypeAlias = Mapping[int, Sequence[Tensor]]  # by position, the pieces of a weight
+Pack: TypeAlias = tuple[Tensor, tuple[Tensor, ...], Tensor | None]  # a vector, its parts, and what is behind them
 
 
 class Block(NamedTuple):
@@ -41,11 +41,7 @@ class BlockOps:
         self._on_host = device.type == "cpu"
 
     def read(self, block: Block, weights: Pieces, for_sums: bool) -> Tensor:
-        """The block as a vector, filled up with zeros; no copy if it is one already.
-
-        Args:
-            for_sums: whether nothing but `sums` will look at it, so that its dtype may be theirs at once.
-        """
+        """The block as a vector, filled up with zeros: itself if it is one; in the dtype of sums if only `for_sums`."""
         if block.direct:
             return _only_piece(weights, block)
         pieces = _pieces(weights, block)
@@ -64,9 +60,7 @@ class BlockOps:
         square_sum = torch.dot(w, w)
         return torch.abs(w, out=wide).sum(), square_sum
 
-    def update(
-        self, mode: Mode, block: Block, w: Tensor, targets: Pieces, l1: Tensor | float, l2: Tensor | float
-    ) -> None:
+    def update(self, mode: Mode, block: Block, w: Tensor, targets: Pieces, l1: Strength, l2: Strength) -> None:
         """Does to the block of `targets` what `mode` asks for: to gradients, or in PROX to weights.
 
         What is added is rounded to the storage dtype first: autograd's order, so that its bits are ours.
@@ -88,7 +82,7 @@ class BlockOps:
             same = self._dtype == self._compute
             torch._foreach_add_(pieces, parts if same else [part.to(self._dtype) for part in parts])
 
-    def gradient(self, w: Tensor, l1: Tensor | float, l2: Tensor | float, out: Tensor) -> Tensor:
+    def gradient(self, w: Tensor, l1: Strength, l2: Strength, out: Tensor) -> Tensor:
         """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel."""
         sign = torch.sign(w, out=self._vector("sign", w)).mul_(l1)
         if not self._is_factor(l1):
@@ -98,7 +92,7 @@ class BlockOps:
             return torch.add(sign, w, alpha=slope, out=out)
         return torch.addcmul(sign, w, torch.as_tensor(slope, device=w.device), out=out)
 
-    def _add_in_one_pass(self, grad: Tensor, w: Tensor, l1: Tensor | float, slope: Tensor | float) -> bool:
+    def _add_in_one_pass(self, grad: Tensor, w: Tensor, l1: Strength, slope: Strength) -> bool:
         """Adds l1 * sign(w) + slope * w by way of a fused optimizer, if that gives the same bits.
 
         A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
@@ -114,7 +108,7 @@ class BlockOps:
         torch._fused_sgd_([grad], [w], [sign], momentum=l1, dampening=dampening, **_PLAIN_SGD)
         return True
 
-    def prox(self, w: Tensor, l1: Tensor | float, l2: Tensor | float, out: Tensor) -> Tensor:
+    def prox(self, w: Tensor, l1: Strength, l2: Strength, out: Tensor) -> Tensor:
         """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2); `out` may be `w`."""
         if self._is_factor(l1) and l1 >= 0:
             torch.ops.aten.softshrink.out(w, l1, out=out)
@@ -128,31 +122,24 @@ class BlockOps:
         return out if isinstance(l2, float) and l2 == 0 else out.div_(1 + 2 * l2)
 
     def _vector(self, name: str, like: Tensor) -> Tensor:
-        vector: Tensor = self._memory.view(name, self._compute, like.numel())
-        return vector
+        return self._memory.view(name, self._compute, like.numel())  # type: ignore[no-any-return]
 
-    def _packed(
-        self, name: str, dtype: torch.dtype, block: Block, pieces: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """A vector for the block, parts of it in the shapes of `pieces`, and what is behind these."""
+    def _packed(self, name: str, dtype: torch.dtype, block: Block, pieces: Sequence[Tensor]) -> Pack:
+        """A vector for the block, with parts in the shapes of `pieces`."""
         shapes = tuple([piece.shape for piece in pieces])
         cut = functools.partial(_cut_pack, block, shapes)
-        found: tuple[Tensor, tuple[Tensor, ...], Tensor | None]
-        found = self._memory.view(name, dtype, block.padded, shapes, cut, len(shapes))
-        return found
+        return self._memory.view(name, dtype, block.padded, shapes, cut, len(shapes))  # type: ignore[no-any-return]
 
     def _rounded(self, number: float) -> float:
         """As the operators will take it."""
         return number if self._compute == torch.float64 else float(struct.unpack("f", struct.pack("f", number))[0])
 
-    def _is_factor(self, strength: Tensor | float) -> TypeGuard[float]:
+    def _is_factor(self, strength: Strength) -> TypeGuard[float]:
         """Whether operators take it as a number: they refuse one that overflows their dtype."""
         return isinstance(strength, float) and abs(strength) <= self._most
 
 
-def _cut_pack(
-    block: Block, shapes: Sequence[torch.Size], vector: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+def _cut_pack(block: Block, shapes: Sequence[torch.Size], vector: Tensor) -> Pack:
     n = sum(block.sizes)
     parts = torch.split_with_sizes(vector[:n], block.sizes)
     shaped = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))

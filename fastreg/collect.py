@@ -80,20 +80,15 @@ def collect(params: Any) -> Collected:
 def _check_keys(group: Mapping[Any, Any], index: int) -> None:
     """Refuses keys that look misspelt; the others are an optimizer's own, such as lr or betas."""
     for key in group:
-        meant = _meant(key) if isinstance(key, str) and key not in ("params", "l1", "l2") else None
-        if meant is not None:
+        if key in ("params", "l1", "l2") or not isinstance(key, str):
+            continue
+        plain = re.sub(r"[^a-z0-9]", "", key.lower())
+        strength = re.fullmatch(r"(?:l|lam|lambda|lambd|alpha|reg)([12])|l([12])[a-z]*", plain)
+        if strength or difflib.get_close_matches(plain, ["params", "parameters"], 1, 0.8):
+            meant = f"l{strength[1] or strength[2]}" if strength else "params"
             raise ValueError(f"groups[{index}] has a key {key!r}, which means nothing here; write {meant!r}")
     if "params" not in group:
         raise ValueError(f"groups[{index}] has no 'params' entry")
-
-
-def _meant(key: str) -> str | None:
-    """The key that `key` looks like: l1 for L1, l_1, lambda1, l1_lambda; params for parameters, param."""
-    plain = re.sub(r"[^a-z0-9]", "", key.lower())
-    strength = re.fullmatch(r"(?:l|lam|lambda|lambd|alpha|reg)([12])|l([12])[a-z]*", plain)
-    if strength:
-        return f"l{strength[1] or strength[2]}"
-    return "params" if difflib.get_close_matches(plain, ["params", "parameters"], 1, 0.8) else None
 
 
 def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
@@ -109,7 +104,10 @@ def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
             default = f"{where}params[{index}]"
             name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (default, item)
             if not isinstance(tensor, Tensor) or not isinstance(name, str):
-                raise TypeError(f"{default} must be a tensor or a (name, tensor) pair, got {_describe(item)}")
+                parts = f" of {', '.join(type(p).__name__ for p in item)}" if isinstance(item, (tuple, list)) else ""
+                raise TypeError(
+                    f"{default} must be a tensor or a (name, tensor) pair, got {type(item).__name__}{parts}"
+                )
             yield name, tensor
 
 
@@ -133,9 +131,3 @@ def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for mark in _MARKS:
             name = name.replace(mark, "")
         yield name, parameter
-
-
-def _describe(item: object) -> str:
-    if isinstance(item, (tuple, list)):
-        return f"{type(item).__name__} of {', '.join(type(part).__name__ for part in item)}"
-    return type(item).__name__

@@ -42,19 +42,13 @@ class DeviceCache:
             built = build()
         # A table built during capture is in the graph's own memory, and filled by its replays only.
         if not is_capturing(self.device):
-            entry = _Entry(built, _record(self.device))
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+            entry = _Entry(built, stream and (stream.record_event(), stream))
             with self._storing:
                 while len(self._entries) >= self._size:
                     del self._entries[next(iter(self._entries))]
                 self._entries[key] = entry
         return built
-
-
-def _record(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.current_stream(device)
-    return stream.record_event(), stream
 
 
 def _follow(entry: _Entry) -> None:

@@ -58,7 +58,12 @@ def must_return_gradient(weights: Sequence[Tensor], is_sharded: bool) -> bool:
 
 def may_write_gradient(node: Any, weights: Sequence[Tensor], is_sharded: bool) -> bool:
     """Whether the running pass would do nothing with the gradients that `node` returns but add each to its .grad."""
-    if must_return_gradient(weights, is_sharded) or _is_hooked(node) or not all(map(_REQUIRES_GRAD, weights)):
+    if must_return_gradient(weights, is_sharded) or not all(map(_REQUIRES_GRAD, weights)):
+        return False
+    handle = node.register_hook(lambda inputs, outputs: None)
+    hooks = handle.hooks_dict_ref()
+    handle.remove()
+    if hooks:  # of others, who will see what the node returns
         return False
     nodes = [each for each, _ in node.next_functions[-len(weights) :]]
     # Whoever holds an AccumulateGrad node does so to hook it, and asking all of them for their hooks takes too long.
@@ -75,24 +80,20 @@ def run_after_backward(callback: Callable[[], None], device: torch.device, tenso
 
     It may run on another stream of `device` than this one, and waits there for what this one does to `tensors`.
     """
-    if device.type == "cuda":
-        callback = _following(torch.cuda.current_stream(device), callback, tensors)
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
-    queue(functools.partial(queue, callback))
+    producer: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-
-def _following(producer: Any, callback: Callable[[], None], tensors: Sequence[object]) -> Callable[[], None]:
     def run() -> None:
-        consumer = torch.cuda.current_stream(producer.device)
-        if consumer != producer:
+        consumer = torch.cuda.current_stream(device) if producer else None
+        if consumer and consumer != producer:
             consumer.wait_stream(producer)
             for tensor in tensors:
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(consumer)
         callback()
 
-    return run
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
+    queue(functools.partial(queue, run))
 
 
 @torch.inference_mode(False)
@@ -105,11 +106,3 @@ def _references_of_an_unshared_node() -> int:
 
 # PyTorch versions differ in how many references are their own.
 _UNSHARED = _references_of_an_unshared_node()
-
-
-def _is_hooked(node: Any) -> bool:
-    """Whether hooks registered on `node` will see the gradients that it returns."""
-    handle = node.register_hook(lambda inputs, outputs: None)
-    hooks = handle.hooks_dict_ref()
-    handle.remove()
-    return bool(hooks)

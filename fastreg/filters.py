@@ -77,7 +77,13 @@ def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
             f"them, got {type(pattern).__name__}"
         )
     if callable(pattern):
-        _check_signature(pattern, which)
+        try:
+            if not torch.compiler.is_compiling():
+                inspect.signature(pattern).bind("", None)
+        except TypeError as error:
+            raise TypeError(f"{which} is called with two arguments, (name, param), which it does not take") from error
+        except ValueError:  # of some functions written in C nothing is known
+            pass
         predicate: Predicate = pattern
         return predicate
     try:
@@ -85,19 +91,6 @@ def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
     except re.error as error:
         raise ValueError(f"{which} is not a valid regular expression: {pattern!r}: {error}") from error
     return lambda name, param: search(name) is not None
-
-
-def _check_signature(predicate: Callable[..., Any], which: str) -> None:
-    if torch.compiler.is_compiling():
-        return
-    try:
-        signature = inspect.signature(predicate)
-    except ValueError:  # of some functions written in C nothing is known
-        return
-    try:
-        signature.bind("", None)
-    except TypeError as error:
-        raise TypeError(f"{which} is called with two arguments, (name, param), which it does not take") from error
 
 
 def _nothing_matched(which: str, pattern: Any, candidates: Sequence[Candidate], trainable: list[bool]) -> str:

@@ -79,13 +79,7 @@ class Selection:
 
 
 def select(
-    params: Any,
-    l1: Strength,
-    l2: Strength,
-    include: Filter,
-    exclude: Filter,
-    impl: str | None,
-    all_reduce: bool = True,
+    params: Any, l1: Strength, l2: Strength, include: Filter, exclude: Filter, impl: Impl, all_reduce: bool = True
 ) -> Work:
     """The work of a single call, with every argument checked."""
     check_impl(impl)

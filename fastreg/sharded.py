@@ -86,10 +86,12 @@ def sharded_sweep(
     pairs = list(zip(work.groups, ownership.mesh_index, strict=True))
     numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
     coarse = [group for group, _ in numbers]
+    device = work.weights[0].device
+    columns = [[s[group] if isinstance(s, Tensor) and s.ndim else s for group in coarse] for s in work.strengths]
     fine = parts._replace(
         groups=[numbers[pair] for pair in pairs],
         n_groups=len(numbers),
-        strengths=_spread(work.strengths, coarse, work.weights[0].device),
+        strengths=Strengths(per_group(columns[0], device, "l1"), per_group(columns[1], device, "l2")),
     )
     found = local_sweep(fine, mode, scale=scale, grads=local_grads)
     assert found is not None
@@ -99,12 +101,6 @@ def sharded_sweep(
         rows[-1][group] = row
     sums = ownership.total(rows, [index for _, index in numbers])
     return measure(sums, work.strengths, value_dtype([w.dtype for w in work.weights]))
-
-
-def _spread(strengths: Strengths, groups: list[int], device: torch.device) -> Strengths:
-    """The strengths of a finer division, of whose groups `groups` names the coarser ones."""
-    columns = [[s[group] if isinstance(s, Tensor) and s.ndim else s for group in groups] for s in strengths]
-    return Strengths(per_group(columns[0], device, "l1"), per_group(columns[1], device, "l2"))
 
 
 def _sharded_dims(weight: Any) -> set[int]:

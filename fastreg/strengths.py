@@ -22,7 +22,7 @@ class Scale(NamedTuple):
 
     def on(self, device: torch.device) -> "Scale":
         """The same scale, readable from `device`."""
-        return Scale(*(s.to(device) if isinstance(s, Tensor) else s for s in self))
+        return Scale(*(_moved(s, device) for s in self))
 
 
 UNSCALED = Scale()
@@ -40,18 +40,19 @@ class Strengths(NamedTuple):
 
     def on(self, device: torch.device) -> "Strengths":
         """The same strengths, readable from `device`."""
-        return Strengths(*(s.to(device, non_blocking=True) if isinstance(s, Tensor) else s for s in self))
+        return Strengths(*(_moved(s, device) for s in self))
+
+
+def _moved(strength: Strength, device: torch.device) -> Strength:
+    return strength.to(device, non_blocking=True) if isinstance(strength, Tensor) else strength
 
 
 def _product(strength: Any, group: int, factor: Strength) -> Strength:
     # The PyTorch path has the strengths of groups as a list of floats.
     if isinstance(strength, list) or (isinstance(strength, Tensor) and strength.ndim):
         strength = strength[group]
-    return _wide(strength) * _wide(factor)
-
-
-def _wide(factor: Strength) -> Strength:
-    return factor.to(accumulate_dtype(factor.device)) if isinstance(factor, Tensor) else factor
+    one, other = (f.to(accumulate_dtype(f.device)) if isinstance(f, Tensor) else f for f in (strength, factor))
+    return one * other
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
@@ -103,12 +104,11 @@ def per_group(values: Sequence[Strength], device: torch.device, name: str) -> St
             )
     if len(values) == 1:
         return values[0]
-    constant = _new_constant if torch.compiler.is_compiling() else _constant
     floats = tuple([s for s in values if not isinstance(s, Tensor)])
-    if len(floats) == len(values):
-        return constant(floats, device)
+    if len(floats) == len(values) and not torch.compiler.is_compiling():
+        return _constant(floats, device)
     dtype = accumulate_dtype(device)
-    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in values])
+    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else _constant((s,), device)[0] for s in values])
 
 
 _CONSTANTS: dict[torch.device, DeviceCache] = {}
@@ -116,11 +116,9 @@ _CONSTANTS: dict[torch.device, DeviceCache] = {}
 
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """`values` as a tensor on `device`, copied there once for each set of values."""
+    if torch.compiler.is_compiling():
+        # A compiler records how a constant is made, and cannot look into caches.
+        return torch.stack([torch.full((), v, dtype=accumulate_dtype(device), device=device) for v in values])
     cache = _CONSTANTS.get(device) or _CONSTANTS.setdefault(device, DeviceCache(device, size=64))
     dtype = accumulate_dtype(device)
     return cache.get(values, lambda: to_device(torch.tensor(values, dtype=dtype, device="cpu"), device))
-
-
-def _new_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The same for a compiler, which records how a constant is made and cannot look into caches."""
-    return torch.stack([torch.full((), v, dtype=accumulate_dtype(device), device=device) for v in values])

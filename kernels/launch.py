@@ -135,9 +135,13 @@ def kernel_sweep(
         return None
     total, l1_term, l2_term = [torch.empty((), dtype=value_dtype, device=device) for _ in range(3)]
     sums = torch.empty((work.n_groups, 2), dtype=torch.float64, device=device)
+    chunk_group = None
+    if work.n_groups > 1:
+        cache = pointers[0].cache
+        chunk_group = cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))
     _finish_kernel[(1 + work.n_groups,)](
         partials_ptr=partials,
-        chunk_group_ptr=_chunk_groups(pointers, tables) if work.n_groups > 1 else None,
+        chunk_group_ptr=chunk_group,
         total_ptr=total,
         l1_term_ptr=l1_term,
         l2_term_ptr=l2_term,
@@ -151,10 +155,3 @@ def kernel_sweep(
         num_warps=NUM_WARPS,
     )
     return Measure(Penalty(total, l1_term, l2_term), sums)
-
-
-def _chunk_groups(pointers: Sequence[PointerTables], tables: Sequence[Tables]) -> Tensor:
-    """int32 [n_chunks of all parts]: the strength group of each chunk."""
-    if len(tables) == 1:
-        return tables[0].chunk_group
-    return pointers[0].cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))
