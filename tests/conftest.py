@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import INTERPRETED
 from tests.ranks import run_cases
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Others run beside this process, one a core.
+    torch.set_num_threads(1)
 
 if INTERPRETED:
     # The interpreter computes with NumPy, which warns of overflows and NaNs that a GPU goes through silently.

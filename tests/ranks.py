@@ -16,7 +16,7 @@ from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.ways import Path
+from tests.helpers import Path
 
 AVAILABLE = dist.is_available() and dist.is_gloo_available() and sys.platform != "win32"
 if AVAILABLE:

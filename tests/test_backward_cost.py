@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastreg import plan, recall
 from fastreg.plan import Mode
-from tests.ways import WAYS, Path, Scene, grid, spy_on_sweeps
+from tests.helpers import Path
+from tests.ways import WAYS, Scene, grid, spy_on_sweeps
 
 
 def many(n_tensors: int, n_elements: int = 512) -> Callable[[str], list[Tensor]]:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from tests.ways import L1, L2, WAYS, Path, Scenario, Scene, check_against_autograd, grid
+from tests.helpers import Path
+from tests.ways import L1, L2, WAYS, Scenario, Scene, check_against_autograd, grid
 
 
 def no_upstream_gradient(scene: Scene) -> None:

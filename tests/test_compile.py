@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import fastreg
 from tests import oracle
 from tests.cases import L1, L2
-from tests.ways import Path
+from tests.helpers import Path
 
 BACKENDS = [
     "aot_eager",

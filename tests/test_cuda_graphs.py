@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastreg
 from fastreg import plan, recall, strengths
-from tests.ways import Path, grid
+from tests.helpers import Path
+from tests.ways import grid
 
 Weights = list[Tensor]
 

@@ -16,8 +16,7 @@ import fastreg
 from fastreg import recall
 from tests import oracle
 from tests.cases import L1, L2
-from tests.test_penalty import assert_value
-from tests.ways import Path
+from tests.helpers import Path, assert_value
 
 
 @pytest.fixture(autouse=True, params=["guards", "facts"])

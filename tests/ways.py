@@ -14,11 +14,11 @@ from torch import Tensor
 import fastreg
 from fastreg import accumulate, autograd
 from fastreg.plan import Mode
+from tests.helpers import Path
 
 L1, L2 = 1 / 8, 1 / 4
 WAYS = ("direct", "ordinary")
 
-Path = tuple[str, str]
 Terms = tuple[Tensor, Tensor, Tensor]
 
 
