@@ -1,13 +1,14 @@
 """Which lane a process runs, and what every test starts from."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import INTERPRETED
-from tests.ranks import run_cases
+from tests.helpers import INTERPRETED, Path
+from tests.ranks import Teams
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Others run beside this process, one a core.
@@ -42,14 +43,20 @@ def _seed() -> None:
         pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
     ],
 )
-def path(request: pytest.FixtureRequest) -> tuple[str, str]:
+def path(request: pytest.FixtureRequest) -> Path:
     """(impl, device): every test that takes it runs once in each lane."""
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def outcomes(
-    request: pytest.FixtureRequest, path: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str]]:
-    """What went wrong in the module's CASES on that many processes, by rank and case."""
-    return run_cases(request.module.CASES, request.param, path, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="session")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teams]:
+    """The processes that cases run on, which all test files share: starting them takes the time."""
+    teams = Teams(lambda: tmp_path_factory.mktemp("ranks"))
+    yield teams
+    teams.close()
+
+
+@pytest.fixture(params=[2, 4])
+def on_every_rank(request: pytest.FixtureRequest, path: Path, teams: Teams) -> Callable[[str], None]:
+    """Runs a case of the test file's CASES on that many processes."""
+    return lambda name: teams.run(request.module.__name__, name, request.param, path)

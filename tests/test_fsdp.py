@@ -1,5 +1,6 @@
 """FSDP2 on 2 and 4 processes, alone and with tensor parallelism: training as the unsharded model trains."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.plan import Mode
 from tests.cases import L1, L2
 from tests.check_sharded import check_everything
-from tests.ranks import AVAILABLE, Case, Ranks, check, close, full, tensor
-from tests.ways import spy_on_sweeps
+from tests.ranks import AVAILABLE, Case, Ranks, close, full, on_processes, tensor
+from tests.ways import Mode, spy_on_sweeps
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+pytestmark = on_processes
 if AVAILABLE:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -180,5 +180,5 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_on_every_rank(outcomes: list[dict[str, str]], name: str) -> None:
-    check(outcomes, name)
+def test_on_every_rank(on_every_rank: Callable[[str], None], name: str) -> None:
+    on_every_rank(name)
