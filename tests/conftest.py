@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import INTERPRETED, Path
+from tests.helpers import INTERPRETED, PATHS, Path
 from tests.ranks import Teams
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Others run beside this process, one a core.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that it starts
+
+# A pool of compiling processes, which import torch each, is slower than the few compilations that the tests ask for.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if INTERPRETED:
     # The interpreter computes with NumPy, which warns of overflows and NaNs that a GPU goes through silently.
@@ -34,15 +38,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param(("torch", "cpu"), id="torch"),
-        pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
-        pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
-        pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
-    ],
-)
+@pytest.fixture(scope="session", params=PATHS)
 def path(request: pytest.FixtureRequest) -> Path:
     """(impl, device): every test that takes it runs once in each lane."""
     return request.param  # type: ignore[no-any-return]

@@ -16,6 +16,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # (impl, device)
 Path = tuple[str, str]
 
+# By lane.
+PATHS = [
+    pytest.param(("torch", "cpu"), id="torch"),
+    pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+    pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
+]
+
 needs_compiler = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="needs the compiler of PyTorch 2.11"
 )
