@@ -23,12 +23,17 @@ pytestmark = [
 
 # To a compiler the interpreter's kernels are operators like those of a GPU: it need not generate code around them.
 GENERATED = [path for path in PATHS if path.id != "interpreter"]
-needs_inductor = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 DYNAMIC = [
     pytest.param(*path.values, dynamic, id=f"{path.id}-{dynamic}", marks=path.marks)
     for path in PATHS
     for dynamic in ((None, True, False) if path in GENERATED else (None,))
 ]
+
+
+def generates_code(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of Inductor, which takes seconds to set itself up in a process."""
+    test = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")(test)
+    return pytest.mark.parametrize("path", GENERATED)(pytest.mark.xdist_group("inductor")(test))
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +80,7 @@ def test_a_compiled_penalty_has_the_formulas_numbers(kind: str, path: Path) -> N
     check_penalty("aot_eager", kind, path)
 
 
-@needs_inductor
-@pytest.mark.parametrize("path", GENERATED)
+@generates_code
 def test_a_penalty_with_generated_code_has_the_formulas_numbers(path: Path) -> None:
     check_penalty("inductor", "object", path)
 
@@ -128,8 +132,7 @@ def test_compiled_prox_shrinks_by_the_formula(path: Path) -> None:
     assert_shrunk(net, before)
 
 
-@needs_inductor
-@pytest.mark.parametrize("path", GENERATED)
+@generates_code
 def test_calls_in_place_with_generated_code(path: Path) -> None:
     """Both in one graph: gradients, some of which are there, and the weights after them."""
     impl, device = path
@@ -183,8 +186,7 @@ def test_compiled_training_goes_as_uncompiled(path: Path, dynamic: bool | None) 
     check_training("aot_eager", dynamic, path)
 
 
-@needs_inductor
-@pytest.mark.parametrize("path", GENERATED)
+@generates_code
 def test_training_with_generated_code_goes_as_uncompiled(path: Path) -> None:
     check_training("inductor", None, path)
 
