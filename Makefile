@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Tests run on as many processes as there are cores, with one thread each; WORKERS=0 runs them in one.
+WORKERS ?= auto
+PARALLEL = -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-torch test-interpreter test-codegen test-gpu bench report lint types wheel clean
 .NOTPARALLEL:
@@ -18,13 +21,13 @@ demo: $(STAMP)  ## train the digits MLP four times: no penalty, L1, L2, elastic 
 test: test-torch test-interpreter test-codegen
 
 test-torch: $(STAMP)  ## lane a: the PyTorch path against NumPy float64 (and lane d where there is a GPU)
-	$(RUN) -m pytest -m "not interpreter and not codegen"
+	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen"
 
 test-interpreter: $(STAMP)  ## lane b: the Triton kernels on the CPU
-	TRITON_INTERPRET=1 $(RUN) -m pytest -m interpreter
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) -m interpreter
 
 test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
-	$(RUN) -m pytest -m codegen
+	$(RUN) -m pytest $(PARALLEL) -m codegen
 
 test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu

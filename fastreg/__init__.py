@@ -16,3 +16,8 @@ __all__ = [
     "elastic_prox_",
     "sparsity",
 ]
+
+
+def __dir__() -> list[str]:
+    """What users may use; the modules are the library's own."""
+    return __all__

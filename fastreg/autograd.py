@@ -190,7 +190,7 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
     """The backward pass as a graph of its own, for create_graph=True."""
     weights, strengths = work.weights, work.strengths
     visible: list[Any] = [w.to_local() if is_dtensor(w) else w for w in weights]  # type: ignore[attr-defined]
-    sums = formulas.group_sums(visible, work.groups, work.n_groups)
+    sums = formulas.sums_of_groups(visible, work.groups, work.n_groups)
     if any_dtensor(weights):
         # The sums of all ranks, with the derivatives of this rank's; an infinite one has none.
         sums = torch.where(
@@ -208,7 +208,8 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
 
 
 def _floats_of(*strengths: Any) -> Strengths:
-    return Strengths(*[None if isinstance(s, Tensor) else s for s in strengths])
+    floats: list[Any] = [None if isinstance(s, Tensor) else s for s in strengths]
+    return Strengths(*floats)
 
 
 def _scale(upstream: Sequence[Tensor | None]) -> Scale | None:

@@ -92,7 +92,7 @@ def gradient_derivatives(w: Tensor, l2: Strength, upstream: Tensor) -> tuple[Ten
     return (upstream * (2 * l2)).to(w.dtype), (wide * w.sign()).sum(), (wide * (2 * w)).sum()
 
 
-def group_sums(weights: Sequence[Tensor], groups: Sequence[int], n_groups: int) -> Tensor:
+def sums_of_groups(weights: Sequence[Tensor], groups: Sequence[int], n_groups: int) -> Tensor:
     """The terms of each strength group, float64 [n_groups, 2], on the first weight's device."""
     device = weights[0].device
     zero = torch.zeros((), dtype=accumulate_dtype(device), device=device)

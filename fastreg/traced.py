@@ -48,7 +48,7 @@ def traced_sweep(
         )
     check_kinds(work.names, weights)
     if is_transformed() or all(backend_for(w.device, work.impl) is block_sweep for w in weights):
-        sums = formulas.group_sums(weights, groups, n_groups) if with_value else None
+        sums = formulas.sums_of_groups(weights, groups, n_groups) if with_value else None
         formulas.update(mode, weights, grads, groups, work.strengths, scale)
     elif mode is Mode.VALUE:
         sums = group_sums(weights, groups, n_groups, work.impl)

@@ -3,18 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tests.helpers import Path
 
 # Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
 BLOCK = 2048
-# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
-BLOCK = 2048
-# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
-BLOCK = 2048
-# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
-BLOCK = 2048
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-L1, L2 = 0.3, 0.7
+L1, L2, LR = 0.3, 0.7, 0.5
+NAN, INF = float("nan"), float("inf")
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -75,3 +72,43 @@ CASES: dict[str, Callable[[torch.dtype, str], Tensor]] = {
     "zeros": lambda dtype, device: torch.zeros(9, dtype=dtype, device=device),
     "surrounded_by_nan": _surrounded_by_nan,
 }
+
+
+def make(case: str, dtype: torch.dtype, path: Path) -> Tensor:
+    """The weight of a case, as a leaf."""
+    w = CASES[case](dtype, path[1])
+    if path == ("triton", "cpu") and dtype == torch.bfloat16 and case == "special_values":
+        w[w.abs() < torch.finfo(dtype).tiny] = 0.0  # the interpreter reads bfloat16 subnormals as zero; a GPU does not
+    return leaf(w)
+
+
+def _among_others(w: Tensor) -> Tensor:
+    start = 16 // w.element_size() + 1  # off every boundary that a vector store needs
+    # Not among NaN, to which one can add without a trace.
+    buffer = torch.full((start + w.numel() + 40,), 7.0, dtype=w.dtype, device=w.device)
+    return buffer[start : start + w.numel()].view(w.shape).copy_(torch.randn(w.shape))
+
+
+# What .grad is before a call.
+GRADS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "none": lambda w: None,
+    "like the weight": lambda w: torch.randn_like(w).copy_(torch.randn(w.shape)),
+    "other strides": lambda w: torch.randn(*w.shape, 2).to(w)[..., 0],
+    "among others": _among_others,
+}
+
+
+def mixed_model(device: str) -> nn.Module:
+    """All four dtypes, a tied weight, a frozen one, an empty one, channels_last, and a one-element parameter."""
+    model = nn.Module()
+    model.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    model.half = nn.Linear(33, 7, dtype=torch.float16)
+    model.brain = nn.Linear(65, 9, dtype=torch.bfloat16)
+    model.double = nn.Linear(5, 3, dtype=torch.float64)
+    model.embedding = nn.Embedding(50, 41)
+    model.head = nn.Linear(41, 50)
+    model.head.weight = model.embedding.weight
+    model.frozen = nn.Linear(5, 5).requires_grad_(False)
+    model.empty = nn.Parameter(torch.empty(0, 4))
+    model.temperature = nn.Parameter(torch.tensor(-2.0))
+    return model.to(device)

@@ -1,15 +1,22 @@
 """Which lane a process runs, and what every test starts from."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from tests.ranks import run_cases
+from tests.helpers import INTERPRETED, PATHS, Path
+from tests.ranks import Teams
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Others run beside this process, one a core.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that it starts
 
+# A pool of compiling processes, which import torch each, is slower than the few compilations that the tests ask for.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if INTERPRETED:
     # The interpreter computes with NumPy, which warns of overflows and NaNs that a GPU goes through silently.
@@ -31,23 +38,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param(("torch", "cpu"), id="torch"),
-        pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
-        pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
-        pytest.param(("torch", "cuda"), id="torch-gpu", marks=pytest.mark.gpu),
-    ],
-)
-def path(request: pytest.FixtureRequest) -> tuple[str, str]:
+@pytest.fixture(scope="session", params=PATHS)
+def path(request: pytest.FixtureRequest) -> Path:
     """(impl, device): every test that takes it runs once in each lane."""
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def outcomes(
-    request: pytest.FixtureRequest, path: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str]]:
-    """What went wrong in the module's CASES on that many processes, by rank and case."""
-    return run_cases(request.module.CASES, request.param, path, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="session")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teams]:
+    """The processes that cases run on, which all test files share: starting them takes the time."""
+    teams = Teams(lambda: tmp_path_factory.mktemp("ranks"))
+    yield teams
+    teams.close()
+
+
+@pytest.fixture(params=[2, 4])
+def on_every_rank(request: pytest.FixtureRequest, path: Path, teams: Teams) -> Callable[[str], None]:
+    """Runs a case of the test file's CASES on that many processes."""
+    return lambda name: teams.run(request.module.__name__, name, request.param, path)

@@ -1,10 +1,14 @@
-"""Cases that run on several processes: what they are told and use, and how a test module starts them."""
+"""Cases that run on several processes: what they are told and use, and the processes, which serve all test files."""
 
+import importlib
+import multiprocessing
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -12,11 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.ways import Path
+from tests.helpers import Path
 
 AVAILABLE = dist.is_available() and dist.is_gloo_available() and sys.platform != "win32"
 if AVAILABLE:
@@ -88,28 +91,8 @@ def sharded(values: list[Tensor], layout: list[tuple["DeviceMesh", list[Any]] | 
 
 Case = Callable[[Ranks], None]
 
-
-def run_cases(cases: dict[str, Case], world: int, path: Path, folder: FilePath) -> list[dict[str, str]]:
-    """By rank and case, what went wrong. One set of processes serves all cases: starting it takes the time."""
-    if path[1] == "cuda" and torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs")
-    if path == ("triton", "cpu") and world > 2:
-        pytest.skip("minutes of interpretation, which two processes show as well")
-    failure = ""
-    try:
-        spawn(_worker, args=(cases, world, path, str(folder)), nprocs=world)
-    except Exception as error:
-        failure = str(error)
-    files = [folder / f"{rank}.pt" for rank in range(world)]
-    assert all(file.exists() for file in files), failure
-    return [torch.load(file) for file in files]
-
-
-def check(outcomes: list[dict[str, str]], name: str) -> None:
-    """Fails with what went wrong in a case, and where."""
-    for rank, of_rank in enumerate(outcomes):
-        assert name in of_rank, f"rank {rank} did not come this far"
-        assert not of_rank[name], f"rank {rank}: {of_rank[name]}"
+# For test files whose cases share processes: they run in one worker of pytest-xdist.
+on_processes = [pytest.mark.skipif(not AVAILABLE, reason="needs gloo"), pytest.mark.xdist_group("processes")]
 
 
 def start(rank: int, world: int, folder: str, device: str = "cpu") -> None:
@@ -128,19 +111,120 @@ def start(rank: int, world: int, folder: str, device: str = "cpu") -> None:
     )
 
 
-def _worker(rank: int, cases: dict[str, Case], world: int, path: Path, folder: str) -> None:
+# Imported once, by a process that the others are forks of. Not this package, which that process might find elsewhere.
+PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.testing", "numpy", "pytest"]
+DEADLINE = 200.0  # seconds for a case, which takes one or two; beyond the collectives' own
+GRACE = 5.0  # seconds that the other ranks have to fail too
+
+
+def processes() -> Any:
+    """Starts processes without CUDA and threads of this one, and quickly where there is a fork server."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class Team:
+    """Processes that run one case after the other, until one fails: after that nobody knows what they wait for."""
+
+    def __init__(self, world: int, path: Path, folder: FilePath) -> None:
+        context = processes()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, path, str(folder), theirs), daemon=True)
+            process.start()
+            theirs.close()  # else its end would not be seen
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self.is_usable = True
+
+    def run(self, module: str, name: str, deadline: float = DEADLINE) -> str:
+        """Runs `CASES[name]` of a module on every rank; returns what went wrong, and where."""
+        assert self.is_usable
+        # Until every rank has said that all is well.
+        self.is_usable = False
+        outcomes: dict[int, str] = {}
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                pipe.send((module, name))
+            except OSError:
+                outcomes[rank] = self._death(rank)
+        end = time.monotonic() + deadline
+        while len(outcomes) < len(self.pipes):
+            if any(outcomes.values()):
+                end = min(end, time.monotonic() + GRACE)
+            pending = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in outcomes}
+            ready = wait(list(pending), timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                outcomes |= dict.fromkeys(pending.values(), "was still running\n")
+            for pipe in ready:
+                rank = pending[pipe]  # type: ignore[index]
+                try:
+                    outcomes[rank] = pipe.recv()  # type: ignore[union-attr]
+                except (EOFError, OSError):
+                    outcomes[rank] = self._death(rank)
+        self.is_usable = not any(outcomes.values())
+        return "".join(f"rank {rank}: {outcome}" for rank, outcome in sorted(outcomes.items()) if outcome)
+
+    def _death(self, rank: int) -> str:
+        self.processes[rank].join(GRACE)
+        return f"died with exit code {self.processes[rank].exitcode}\n"
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            if self.is_usable:
+                pipe.send(None)
+            pipe.close()
+        for process in self.processes:
+            process.join(GRACE if self.is_usable else 0.0)
+            process.kill()
+            process.join()
+        self.is_usable = False
+
+
+class Teams:
+    """One team for each path and number of processes, from the first case on that needs it."""
+
+    def __init__(self, new_folder: Callable[[], FilePath]) -> None:
+        self.teams: dict[tuple[int, Path], Team] = {}
+        self.new_folder = new_folder
+
+    def run(self, module: str, name: str, world: int, path: Path) -> None:
+        """Runs `CASES[name]` of a module on every rank; fails with what went wrong, and where."""
+        if path[1] == "cuda" and torch.cuda.device_count() < world:
+            pytest.skip(f"needs {world} GPUs")
+        if path == ("triton", "cpu") and world > 2:
+            pytest.skip("minutes of interpretation, which two processes show as well")
+        key = world, path
+        if key not in self.teams:
+            self.teams[key] = Team(world, path, self.new_folder())
+        failure = self.teams[key].run(module, name)
+        if failure:
+            self.teams.pop(key).close()
+            pytest.fail(f"{name} on {world} processes\n{failure}", pytrace=False)
+
+    def close(self) -> None:
+        for team in self.teams.values():
+            team.close()
+        self.teams.clear()
+
+
+def _serve(rank: int, world: int, path: Path, folder: str, pipe: Connection) -> None:
     impl, device = path
     start(rank, world, folder, device)
-    outcomes = {}
-    for name, case in cases.items():
+    while (asked := pipe.recv()) is not None:
+        module, name = asked
+        torch.manual_seed(0)
+        outcome = ""
         try:
-            case(Ranks(rank, world, impl, device))
-            outcomes[name] = ""
+            importlib.import_module(module).CASES[name](Ranks(rank, world, impl, device))
         except BaseException:
-            outcomes[name] = traceback.format_exc()
-            break  # the others may be waiting in a collective that will not come
-        finally:
-            torch.save(outcomes, f"{folder}/{rank}.pt")
-    if all(not outcome for outcome in outcomes.values()):
-        dist.barrier()
+            outcome = traceback.format_exc()
+        pipe.send(outcome)
+        if outcome:
+            return  # the others may be waiting in a collective that will not come
     dist.destroy_process_group()

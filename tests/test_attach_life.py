@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD
 
 from fastreg import ElasticNet
-from tests.test_attach import L1, L2, MAKERS, MODES, attached, by_hand, loss_of, net, plain, train
-from tests.test_inplace import bits
+from tests.helpers import bits
+from tests.training import L1, L2, MAKERS, MODES, attached, by_hand, loss_of, net, plain, train
 
 
 def test_a_closure_in_prox_mode() -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import fastreg
 from tests import oracle
 from tests.cases import DTYPES
-from tests.ways import L1, L2, WAYS, Path, Scenario, Scene, check_against_autograd, grid
+from tests.helpers import Path
+from tests.ways import L1, L2, WAYS, Scenario, Scene, check_against_autograd, grid
 
 
 def alone(scene: Scene) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ways import WAYS, Path, Scene, assert_same, grid
+from tests.helpers import Path
+from tests.ways import WAYS, Scene, assert_same, grid
 
 MODIFIED = "was modified by an in-place operation"
 

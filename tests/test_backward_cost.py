@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from fastreg import blocks
 from fastreg.formulas import Mode
 from fastreg.layout import forget_layouts
-from tests.ways import WAYS, Path, Scene, grid, spy_on_sweeps
+from tests.helpers import Path
+from tests.ways import WAYS, Scene, grid, spy_on_sweeps
 
 
 def many(n_tensors: int, n_elements: int = 512) -> Callable[[str], list[Tensor]]:
@@ -35,7 +36,6 @@ class Operators(TorchDispatchMode):
         self.names: list[str] = []
         self.largest = 0
         self.total = 0
-        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,7 +45,6 @@ class Operators(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
                 self.largest = max(self.largest, t.numel())
-                self.total += t.numel()
                 self.total += t.numel()
         return result
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from tests.ways import L1, L2, WAYS, Path, Scenario, Scene, check_against_autograd, grid
+from tests.helpers import Path
+from tests.ways import L1, L2, WAYS, Scenario, Scene, check_against_autograd, grid
 
 
 def no_upstream_gradient(scene: Scene) -> None:
@@ -195,7 +196,14 @@ SCENARIOS: list[Scenario] = [
     hooks_that_were_removed,
     values_without_a_graph,
 ]
-NOTHING_TO_ADD = {no_upstream_gradient, inputs_that_are_no_weights, values_without_a_graph}
+# There is nothing to add, or not to all of the weights: then autograd adds what there is.
+NOT_DIRECT = {
+    no_upstream_gradient,
+    inputs_that_are_no_weights,
+    values_without_a_graph,
+    some_inputs,
+    frozen_between_forward_and_backward,
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -203,4 +211,4 @@ NOTHING_TO_ADD = {no_upstream_gradient, inputs_that_are_no_weights, values_witho
 def test_cannot_be_told_from_autograd(
     path: Path, scenario: Scenario, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_against_autograd(way, path, scenario, monkeypatch, is_empty=scenario in NOTHING_TO_ADD)
+    check_against_autograd(way, path, scenario, monkeypatch, is_direct=scenario not in NOT_DIRECT)

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 import fastreg
 from fastreg.formulas import Mode
-from tests.ways import Path, Scenario, Scene, assert_same, grid, outcome, spy_on_sweeps
+from tests.helpers import Path
+from tests.ways import Scenario, Scene, assert_same, grid, outcome, spy_on_sweeps
 
 
 def on_one_weight_of_many(scene: Scene) -> list[Tensor]:

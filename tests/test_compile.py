@@ -13,22 +13,27 @@ from torch._dynamo.testing import CompileCounter
 import fastreg
 from tests import oracle
 from tests.cases import L1, L2
-from tests.ways import Path
-
-BACKENDS = [
-    "aot_eager",
-    pytest.param(
-        "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-    ),
-]
+from tests.helpers import PATHS, Path, needs_compiler
 
 pytestmark = [
     # PyTorch's own compiler still uses what it deprecates.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.skipif(
-        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="needs the compiler of PyTorch 2.11"
-    ),
+    needs_compiler,
 ]
+
+# To a compiler the interpreter's kernels are operators like those of a GPU: it need not generate code around them.
+GENERATED = [path for path in PATHS if path.id != "interpreter"]
+DYNAMIC = [
+    pytest.param(*path.values, dynamic, id=f"{path.id}-{dynamic}", marks=path.marks)
+    for path in PATHS
+    for dynamic in ((None, True, False) if path in GENERATED else (None,))
+]
+
+
+def generates_code(test: Callable[..., None]) -> Callable[..., None]:
+    """A test of Inductor, which takes seconds to set itself up in a process."""
+    test = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")(test)
+    return pytest.mark.parametrize("path", GENERATED)(pytest.mark.xdist_group("inductor")(test))
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +54,7 @@ def weights_of(net: nn.Module) -> list[torch.Tensor]:
     return [p for p in net.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["function", "object"])
-def test_penalty(backend: str, kind: str, path: Path) -> None:
+def check_penalty(backend: str, kind: str, path: Path) -> None:
     impl, device = path
     net = model(device)
     reg = fastreg.ElasticNet(net, L1, L2, exclude="bias", impl=impl)
@@ -72,37 +75,31 @@ def test_penalty(backend: str, kind: str, path: Path) -> None:
         assert oracle.ulp_distance(w.grad, oracle.gradient(w, 2 * L1, 2 * L2)) <= 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("existing", [True, False])
-def test_add_grad(backend: str, existing: bool, path: Path) -> None:
-    impl, device = path
-    net = model(device)
-    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
+@pytest.mark.parametrize("kind", ["function", "object"])
+def test_a_compiled_penalty_has_the_formulas_numbers(kind: str, path: Path) -> None:
+    check_penalty("aot_eager", kind, path)
 
-    def run(call: Callable[[], fastreg.Penalty]) -> tuple[fastreg.Penalty, list[torch.Tensor]]:
-        for w in weights_of(net):
-            w.grad = torch.full_like(w, 0.25) if existing else None
-        return call(), [w.grad for w in weights_of(net) if w.grad is not None]
 
-    expected, expected_grads = run(reg.add_grad_)
-    found, grads = run(torch.compile(reg.add_grad_, backend=backend, fullgraph=True))
+@generates_code
+def test_a_penalty_with_generated_code_has_the_formulas_numbers(path: Path) -> None:
+    check_penalty("inductor", "object", path)
 
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    for grad, want in zip(grads, expected_grads, strict=True):
+
+def set_gradients(net: nn.Module, existing: str) -> None:
+    for i, w in enumerate(weights_of(net)):
+        w.grad = torch.full_like(w, 0.25) if existing == "all" or (existing == "some" and i % 2) else None
+
+
+def assert_gradients_as(net: nn.Module, expected: list[torch.Tensor | None]) -> None:
+    for w, want in zip(weights_of(net), expected, strict=True):
+        assert w.grad is not None
+        assert want is not None
         # Inductor fuses multiply and add, and keeps float32 between gradient and sum where eager rounds: one unit of
         # the gradient's rounding, which is several of a sum that cancels.
-        assert oracle.ulp_distance(grad, oracle.array(want)) <= 4
+        assert oracle.ulp_distance(w.grad, oracle.array(want)) <= 4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prox(backend: str, path: Path) -> None:
-    impl, device = path
-    net = model(device)
-    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
-    before = [w.detach().clone() for w in weights_of(net)]
-
-    torch.compile(reg.prox_, backend=backend, fullgraph=True)(0.5)
-
+def assert_shrunk(net: nn.Module, before: list[torch.Tensor]) -> None:
     for w, old in zip(weights_of(net), before, strict=True):
         expected = oracle.prox(old, L1, L2, 0.5)
         assert ((oracle.array(w) == 0) == (expected == 0)).all()
@@ -110,9 +107,56 @@ def test_prox(backend: str, path: Path) -> None:
         assert oracle.ulp_distance(w.detach(), expected) <= 2
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_step(backend: str, dynamic: bool | None, path: Path) -> None:
+@pytest.mark.parametrize("existing", ["all", "none"])
+def test_compiled_add_grad_adds_as_uncompiled(existing: str, path: Path) -> None:
+    impl, device = path
+    net = model(device)
+    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
+
+    set_gradients(net, existing)
+    expected = reg.add_grad_()
+    expected_grads = [w.grad for w in weights_of(net)]
+    set_gradients(net, existing)
+    found = torch.compile(reg.add_grad_, backend="aot_eager", fullgraph=True)()
+
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert_gradients_as(net, expected_grads)
+
+
+def test_compiled_prox_shrinks_by_the_formula(path: Path) -> None:
+    impl, device = path
+    net = model(device)
+    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
+    before = [w.detach().clone() for w in weights_of(net)]
+    torch.compile(reg.prox_, backend="aot_eager", fullgraph=True)(0.5)
+    assert_shrunk(net, before)
+
+
+@generates_code
+def test_calls_in_place_with_generated_code(path: Path) -> None:
+    """Both in one graph: gradients, some of which are there, and the weights after them."""
+    impl, device = path
+    net = model(device)
+    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
+    before = [w.detach().clone() for w in weights_of(net)]
+
+    def step() -> fastreg.Penalty:
+        found = reg.add_grad_()
+        reg.prox_(0.5)
+        return found
+
+    set_gradients(net, "some")
+    expected = reg.add_grad_()
+    expected_grads = [w.grad for w in weights_of(net)]
+    set_gradients(net, "some")
+    found = torch.compile(step, backend="inductor", fullgraph=True)()
+
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert_gradients_as(net, expected_grads)
+    assert_shrunk(net, before)
+
+
+def check_training(backend: str, dynamic: bool | None, path: Path) -> None:
     impl, device = path
     x, y = torch.randn(16, 12, device=device), torch.randint(0, 3, (16,), device=device)
 
@@ -137,14 +181,24 @@ def test_training_step(backend: str, dynamic: bool | None, path: Path) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("path", "dynamic"), DYNAMIC)
+def test_compiled_training_goes_as_uncompiled(path: Path, dynamic: bool | None) -> None:
+    check_training("aot_eager", dynamic, path)
+
+
+@generates_code
+def test_training_with_generated_code_goes_as_uncompiled(path: Path) -> None:
+    check_training("inductor", None, path)
+
+
 def compiled_with_counter(call: Callable[..., Any], dynamic: bool | None) -> tuple[Callable[..., Any], CompileCounter]:
     counter = CompileCounter()
     return torch.compile(call, backend=counter, fullgraph=True, dynamic=dynamic), counter
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize(("path", "dynamic"), DYNAMIC)
 @pytest.mark.parametrize("name", ["penalty", "add_grad_", "prox_", "groups"])
-def test_strengths_that_change_compile_nothing_again(name: str, dynamic: bool | None, path: Path) -> None:
+def test_strengths_that_change_compile_nothing_again(name: str, path: Path, dynamic: bool | None) -> None:
     impl, device = path
     net = model(device)
     params = [{"params": net[0]}, {"params": net[2:], "l1": 0.5}] if name == "groups" else net

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastreg
 from tests import oracle
 from tests.cases import DTYPES, L1, L2
-from tests.ways import Path
+from tests.helpers import Path
 
 CONTEXTS: dict[str, Callable[[str], AbstractContextManager[object]]] = {
     "none": lambda device: nullcontext(),

@@ -1,21 +1,19 @@
 """Two processes under DistributedDataParallel: the gradients of the naive formulation, averaged, on both ranks."""
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastreg
-from tests.ranks import AVAILABLE, start
+from tests.ranks import Ranks, Teams, on_processes
 from tests.ways import L1, L2, grid, naive
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+pytestmark = on_processes
 
 WORLD = 2
 
@@ -38,7 +36,7 @@ class Model(nn.Module):
         return loss if self.penalty is None else loss + self.penalty(self)
 
 
-class Case(NamedTuple):
+class Setting(NamedTuple):
     wrapper: dict[str, Any]  # keywords of DistributedDataParallel
     penalty_in_forward: bool = False
     loss_scales: tuple[float, float] = (1.0, 1.0)  # of loss and penalty, by rank
@@ -46,19 +44,19 @@ class Case(NamedTuple):
     after_backward: bool = False  # straight into the averaged gradients, as an attached penalty does it
 
 
-CASES = {
-    "default": Case({}),
-    "bucket_views": Case({"gradient_as_bucket_view": True}),
-    "many_buckets": Case({"bucket_cap_mb": 1e-6, "gradient_as_bucket_view": True}),
-    "static_graph": Case({"static_graph": True}),
-    "static_graph_bucket_views": Case({"static_graph": True, "gradient_as_bucket_view": True}),
-    "find_unused_parameters": Case({"find_unused_parameters": True}, penalty_in_forward=True),
-    "in_forward": Case({"gradient_as_bucket_view": True}, penalty_in_forward=True),
-    "loss_scales": Case({}, loss_scales=(4.0, 1.0)),
-    "loss_scales_bucket_views": Case({"gradient_as_bucket_view": True}, loss_scales=(0.25, 2.0)),
-    "loss_scale_of_zero_on_one_rank": Case({"static_graph": True}, loss_scales=(0.0, 1.0)),
-    "after_backward": Case({"find_unused_parameters": True, "gradient_as_bucket_view": True}, after_backward=True),
-    "no_sync": Case({"gradient_as_bucket_view": True}, loss_scales=(2.0, 1.0), n_unsynchronised=2),
+SETTINGS = {
+    "default": Setting({}),
+    "bucket_views": Setting({"gradient_as_bucket_view": True}),
+    "many_buckets": Setting({"bucket_cap_mb": 1e-6, "gradient_as_bucket_view": True}),
+    "static_graph": Setting({"static_graph": True}),
+    "static_graph_bucket_views": Setting({"static_graph": True, "gradient_as_bucket_view": True}),
+    "find_unused_parameters": Setting({"find_unused_parameters": True}, penalty_in_forward=True),
+    "in_forward": Setting({"gradient_as_bucket_view": True}, penalty_in_forward=True),
+    "loss_scales": Setting({}, loss_scales=(4.0, 1.0)),
+    "loss_scales_bucket_views": Setting({"gradient_as_bucket_view": True}, loss_scales=(0.25, 2.0)),
+    "loss_scale_of_zero_on_one_rank": Setting({"static_graph": True}, loss_scales=(0.0, 1.0)),
+    "after_backward": Setting({"find_unused_parameters": True, "gradient_as_bucket_view": True}, after_backward=True),
+    "no_sync": Setting({"gradient_as_bucket_view": True}, loss_scales=(2.0, 1.0), n_unsynchronised=2),
 }
 N_STEPS = 2  # static_graph and find_unused_parameters take other routes from the second step on
 
@@ -67,61 +65,53 @@ def batch(rank: int, step: int) -> Tensor:
     return grid(2, 3, device="cpu", seed=100 + 10 * rank + step)
 
 
-def reduced(case: Case, rank: int) -> list[list[Tensor]]:
+def reduced(setting: Setting, rank: int) -> list[list[Tensor]]:
     """The gradients of a rank after each step, one added to the other as under gradient accumulation."""
 
     def penalty(model: nn.Module) -> Tensor:
         return fastreg.elastic_penalty(model, L1, L2)
 
-    model = DistributedDataParallel(Model(penalty if case.penalty_in_forward else None), **case.wrapper)
+    model = DistributedDataParallel(Model(penalty if setting.penalty_in_forward else None), **setting.wrapper)
 
     def loss(step: int) -> Tensor:
         out = model(batch(rank, step))
-        if case.penalty_in_forward or case.after_backward:
-            return case.loss_scales[rank] * out
-        return case.loss_scales[rank] * (out + penalty(model))
+        if setting.penalty_in_forward or setting.after_backward:
+            return setting.loss_scales[rank] * out
+        return setting.loss_scales[rank] * (out + penalty(model))
 
     gradients = []
     for step in range(N_STEPS):
-        for _ in range(case.n_unsynchronised):
+        for _ in range(setting.n_unsynchronised):
             with model.no_sync():
                 loss(step).backward()
         loss(step).backward()
-        if case.after_backward:
+        if setting.after_backward:
             fastreg.add_elastic_grad_(model, L1, L2)
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     return gradients
 
 
-def worker(rank: int, folder: str) -> None:
-    start(rank, WORLD, folder)
-    torch.save({name: reduced(case, rank) for name, case in CASES.items()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[list[Tensor]]]]:
-    """By rank, case, step and parameter. One pair of processes serves all cases: starting it takes the time."""
-    folder: Path = tmp_path_factory.mktemp("ddp")
-    spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-
-
-def mean_of_naive_gradients(case: Case) -> list[list[Tensor]]:
+def mean_of_naive_gradients(setting: Setting) -> list[list[Tensor]]:
     model = Model(lambda model: naive(list(model.parameters()))[0])
     gradients = []
     for step in range(N_STEPS):
         for rank in range(WORLD):
-            for _ in range(1 + case.n_unsynchronised):
-                (case.loss_scales[rank] / WORLD * model(batch(rank, step))).backward()
+            for _ in range(1 + setting.n_unsynchronised):
+                (setting.loss_scales[rank] / WORLD * model(batch(rank, step))).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     return gradients
 
 
+def gradients_are_the_mean(setting: Setting, ranks: Ranks) -> None:
+    expected = mean_of_naive_gradients(setting)
+    for actual, exact in zip(reduced(setting, ranks.rank), expected, strict=True):
+        for a, e in zip(actual, exact, strict=True):
+            assert torch.equal(a, e), (a, e)
+
+
+CASES = {name: partial(gradients_are_the_mean, setting) for name, setting in SETTINGS.items()}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_the_mean_over_ranks(gradients: list[dict[str, list[list[Tensor]]]], name: str) -> None:
-    expected = mean_of_naive_gradients(CASES[name])
-    for rank in range(WORLD):
-        for actual, exact in zip(gradients[rank][name], expected, strict=True):
-            for a, e in zip(actual, exact, strict=True):
-                assert torch.equal(a, e), (rank, a, e)
+def test_gradients_are_the_mean_over_ranks(teams: Teams, name: str) -> None:
+    teams.run(__name__, name, WORLD, ("torch", "cpu"))

@@ -1,6 +1,7 @@
 """Sharded weights on 2 and 4 processes: the numbers of the unsharded ones, and what crosses the wire for them."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +18,14 @@ from tests.ranks import (
     Ranks,
     Wire,
     assert_sharded_like,
-    check,
     close,
     full,
+    on_processes,
     sharded,
     tensor,
 )
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+pytestmark = on_processes
 if AVAILABLE:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -236,5 +237,5 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_on_every_rank(outcomes: list[dict[str, str]], name: str) -> None:
-    check(outcomes, name)
+def test_on_every_rank(on_every_rank: Callable[[str], None], name: str) -> None:
+    on_every_rank(name)

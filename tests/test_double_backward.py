@@ -9,7 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastreg
-from tests.ways import WAYS, Path, Scene, assert_same, grid, outcome
+from tests.helpers import Path
+from tests.ways import WAYS, Scene, assert_same, grid, outcome
 
 L1, L2 = 1 / 8, 1 / 4
 

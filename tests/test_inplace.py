@@ -1,11 +1,11 @@
 """The calls that write in place, add_grad_ and prox_, and sparsity: what they write and what they leave alone."""
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -14,115 +14,106 @@ from fastreg.inplace import apply_prox
 from fastreg.strengths import Strengths
 from fastreg.work import Work
 from tests import oracle
-from tests.cases import BLOCK, CASES, DTYPES, L1, L2, leaf
-from tests.conftest import INTERPRETED
-from tests.test_penalty import assert_gradient, assert_value, mixed_model
-from tests.test_properties import EXAMPLES, strengths, weights
-
-Path = tuple[str, str]
-
-LR = 0.5
-NAN, INF = float("nan"), float("inf")
+from tests.cases import BLOCK, CASES, DTYPES, GRADS, INF, L1, L2, LR, NAN, leaf, make, mixed_model
+from tests.helpers import Path, assert_gradient, assert_value, bits, memory, naming, outside, prox_ulps, slack
+from tests.strategies import FEWER_EXAMPLES, strengths, weights
 
 
-def bits(*tensors: Tensor | None) -> list[bytes | None]:
-    """What two tensors share only if they agree in every bit, the sign of zero included."""
-    dense = [None if t is None else t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in tensors]
-    return [None if t is None else t.view(-1).view(torch.uint8).numpy().tobytes() for t in dense]
+def with_gradients(weights: dict[str, Tensor], present: str) -> dict[str, tuple[Tensor | None, Any]]:
+    """Gives the weights their gradients, and returns these with what lies around them."""
+    found: dict[str, tuple[Tensor | None, Any]] = {}
+    for case, w in weights.items():
+        w.grad = before = GRADS[present](w)
+        found[case] = before, None if before is None else bits(memory(before)[outside(before)])
+    return found
 
 
-def memory(tensor: Tensor) -> Tensor:
-    """The whole allocation that `tensor` lies in."""
-    return tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-
-
-def outside(tensor: Tensor) -> Tensor:
-    """Where in `memory(tensor)` none of its elements lie."""
-    mask = torch.ones_like(memory(tensor), dtype=torch.bool)
-    mask.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
-    return mask
-
-
-def make(case: str, dtype: torch.dtype, path: Path) -> Tensor:
-    w = CASES[case](dtype, path[1])
-    if path == ("triton", "cpu") and dtype == torch.bfloat16 and case == "special_values":
-        w[w.abs() < torch.finfo(dtype).tiny] = 0.0  # the interpreter reads bfloat16 subnormals as zero; a GPU does not
-    return leaf(w)
-
-
-def slack(path: Path, dtype: torch.dtype) -> float:
-    """One unit where the interpreter truncates float32 -> bfloat16 stores instead of rounding them."""
-    return 1.0 if path == ("triton", "cpu") and dtype == torch.bfloat16 else 0.0
-
-
-def prox_ulps(path: Path, dtype: torch.dtype) -> float:
-    """A difference, a divisor and a quotient, each rounded by at most a unit of the result; narrow dtypes hide that."""
-    division = 2.0 if path == ("triton", "cuda") and dtype == torch.float32 else 0.0  # what PTX says of div.full.f32
-    return (3.0 if dtype in (torch.float64, torch.float32) else 1.0) + division + slack(path, dtype)
-
-
-def _among_others(w: Tensor) -> Tensor:
-    start = 16 // w.element_size() + 1  # off every boundary that a vector store needs
-    # Not among NaN, to which one can add without a trace.
-    buffer = torch.full((start + w.numel() + 40,), 7.0, dtype=w.dtype, device=w.device)
-    return buffer[start : start + w.numel()].view(w.shape).copy_(torch.randn(w.shape))
-
-
-GRADS: dict[str, Callable[[Tensor], Tensor | None]] = {
-    "none": lambda w: None,
-    "like the weight": lambda w: torch.randn_like(w).copy_(torch.randn(w.shape)),
-    "other strides": lambda w: torch.randn(*w.shape, 2).to(w)[..., 0],
-    "among others": _among_others,
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("present", GRADS)
-def test_add_grad_adds_what_autograd_would(path: Path, present: str, case: str, dtype: torch.dtype) -> None:
-    w = make(case, dtype, path)
-    w.grad = before = GRADS[present](w)
-    (gradient,) = torch.autograd.grad(fastreg.elastic_penalty(w, L1, L2, impl=path[0]), w)
-    expected = gradient if before is None else before + gradient
-    around = None if before is None else bits(memory(before)[outside(before)])
-    unchanged = bits(memory(w))
-
-    found = fastreg.add_elastic_grad_(w, L1, L2, impl=path[0])
-
-    for actual, exact in zip(found, oracle.penalty([w], L1, L2), strict=True):
-        assert_value(actual, exact, path, dtype)
-        assert not actual.requires_grad
-    assert bits(memory(w)) == unchanged
+def assert_added(w: Tensor, before: Tensor | None, around: Any, expected: Tensor, path: Path) -> None:
+    """The gradient is in place, with the bits that autograd gives it, and nothing else was written."""
     assert w.grad is not None
     if before is None:
         assert_gradient(w, L1, L2, path)
     else:
         assert w.grad is before
         assert bits(memory(before)[outside(before)]) == around
-    if slack(path, dtype):
+    if slack(path, w.dtype):
         assert oracle.ulp_distance(w.grad, oracle.array(expected)) <= 1
     else:
         assert bits(w.grad) == bits(expected)
 
 
-@pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "expanded"])
-def test_prox(path: Path, case: str, dtype: torch.dtype, lr: float | Tensor) -> None:
+@pytest.mark.parametrize("present", GRADS)
+def test_add_grad_adds_what_autograd_would(path: Path, present: str, dtype: torch.dtype) -> None:
+    """To each weight alone, and to all of them in one call."""
+    impl = path[0]
+    weights = {case: make(case, dtype, path) for case in CASES}
+    unchanged = {case: bits(memory(w)) for case, w in weights.items()}
+    formed = {
+        case: torch.autograd.grad(fastreg.elastic_penalty(w, L1, L2, impl=impl), w)[0] for case, w in weights.items()
+    }
+
+    def expected(before: Tensor | None, case: str) -> Tensor:
+        return formed[case] if before is None else before + formed[case]
+
+    there = with_gradients(weights, present)
+    for case, w in weights.items():
+        with naming(f"{case}, alone"):
+            wanted = expected(there[case][0], case)
+            found = fastreg.add_elastic_grad_(w, L1, L2, impl=impl)
+            for actual, exact in zip(found, oracle.penalty([w], L1, L2), strict=True):
+                assert_value(actual, exact, path, dtype)
+                assert not actual.requires_grad
+            assert bits(memory(w)) == unchanged[case]
+            assert_added(w, *there[case], wanted, path)
+
+    del weights["special_values"]  # which would hide the value of the others
+    there = with_gradients(weights, present)
+    wanted_of_all = {case: expected(before, case) for case, (before, _) in there.items()}
+    found = fastreg.add_elastic_grad_(list(weights.values()), L1, L2, impl=impl)
+    for actual, exact in zip(found, oracle.penalty(weights.values(), L1, L2), strict=True):
+        assert_value(actual, exact, path, dtype)
+    for case, w in weights.items():
+        with naming(f"{case}, among the others"):
+            assert bits(memory(w)) == unchanged[case]
+            assert_added(w, *there[case], wanted_of_all[case], path)
+
+
+def prepared_for_prox(case: str, dtype: torch.dtype, path: Path) -> Tensor:
     w = make(case, dtype, path)
     w.grad = torch.full_like(w, NAN)
-    expected = oracle.prox(w, L1, L2, LR)
     memory(w)[outside(w)] = 7.0  # NaN would stay NaN
-    stride = w.stride()
+    return w
 
-    fastreg.elastic_prox_(w, L1, L2, lr=lr.to(path[1]) if isinstance(lr, Tensor) else lr, impl=path[0])
 
-    assert oracle.ulp_distance(w.detach(), expected) <= prox_ulps(path, dtype)
+def assert_shrunk(w: Tensor, expected: np.ndarray, stride: tuple[int, ...], path: Path) -> None:
+    """To the formula's numbers, zeros without a sign among them, and nothing else was written."""
+    assert oracle.ulp_distance(w.detach(), expected) <= prox_ulps(path, w.dtype)
     zeros = w.detach()[torch.from_numpy(np.asarray(expected == 0.0)).to(w.device)]
     assert bits(zeros) == bits(torch.zeros_like(zeros))
     assert (memory(w)[outside(w)] == 7.0).all()
     assert w.stride() == stride
+    assert w.grad is not None
     assert torch.isnan(w.grad).all()
+
+
+@pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["float", "tensor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prox_shrinks_by_the_formula(path: Path, dtype: torch.dtype, lr: float | Tensor) -> None:
+    """Each weight alone, and all of them in one call."""
+    impl, device = path
+    step = lr.to(device) if isinstance(lr, Tensor) else lr
+    cases = [case for case in CASES if case != "expanded"]
+    for together in (False, True):
+        weights = {case: prepared_for_prox(case, dtype, path) for case in cases}
+        expected = {case: (oracle.prox(w, L1, L2, LR), w.stride()) for case, w in weights.items()}
+        if together:
+            fastreg.elastic_prox_(list(weights.values()), L1, L2, lr=step, impl=impl)
+        for case, w in weights.items():
+            with naming(f"{case}, {'among the others' if together else 'alone'}"):
+                if not together:
+                    fastreg.elastic_prox_(w, L1, L2, lr=step, impl=impl)
+                assert_shrunk(w, *expected[case], path)
 
 
 def test_in_place_on_a_model_of_everything(path: Path) -> None:
@@ -214,34 +205,33 @@ def test_special_values(path: Path, dtype: torch.dtype) -> None:
     assert bits(w.detach()[3:7]) == bits(torch.zeros(4, dtype=dtype))
 
 
+IMMENSE = [
+    (1e300, 0.0, 1.0),
+    (1e300, 0.0, 1e300),
+    (0.0, 1e300, 1.0),
+    (1e300, 1e300, 1e300),
+    (1e38, 1e38, 1e3),
+    (3e38, 0.0, 1),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["floats", "tensors"])
-@pytest.mark.parametrize(
-    ("l1", "l2", "lr"),
-    [
-        (1e300, 0.0, 1.0),
-        (1e300, 0.0, 1e300),
-        (0.0, 1e300, 1.0),
-        (1e300, 1e300, 1e300),
-        (1e38, 1e38, 1e3),
-        (3e38, 0.0, 1),
-    ],
-)
-def test_prox_never_makes_a_nan(
-    path: Path, l1: float, l2: float, lr: float, as_tensor: bool, dtype: torch.dtype
-) -> None:
+def test_prox_never_makes_a_nan(path: Path, as_tensor: bool, dtype: torch.dtype) -> None:
     impl, device = path
     top = torch.finfo(dtype).max if dtype != torch.float64 else 1e30  # beyond the threshold a weight stays
     values = [0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).tiny, top / 2**6, -top / 2**6, NAN]
-    w = torch.tensor(values, dtype=torch.float64, device=device).to(dtype)
-    arguments = [torch.tensor(v, dtype=torch.float64, device=device) if as_tensor else v for v in (l1, l2, lr)]
-
-    fastreg.elastic_prox_(w, *arguments[:2], lr=arguments[2], impl=impl)
-
-    assert torch.isnan(w[-1])
     # What an immense divisor leaves of a weight underflows in any dtype but float64.
     limit = 1e-260 if dtype == torch.float64 else 0.0
-    assert (w[:-1].abs() <= limit).all(), w
+    for numbers in IMMENSE:
+        w = torch.tensor(values, dtype=torch.float64, device=device).to(dtype)
+        l1, l2, lr = (torch.tensor(v, dtype=torch.float64, device=device) if as_tensor else v for v in numbers)
+
+        fastreg.elastic_prox_(w, l1, l2, lr=lr, impl=impl)
+
+        with naming(numbers):
+            assert torch.isnan(w[-1])
+            assert (w[:-1].abs() <= limit).all(), w
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -305,7 +295,7 @@ def test_sparsity_of_nothing() -> None:
             fastreg.sparsity(params)
 
 
-@settings(EXAMPLES, max_examples=30 if INTERPRETED else 100)
+@FEWER_EXAMPLES
 @given(tensors=st.lists(weights(), min_size=1, max_size=4), l1=strengths, l2=strengths, lr=st.floats(0.0, 16.0))
 def test_any_weights(path: Path, tensors: list[Tensor], l1: float, l2: float, lr: float) -> None:
     impl, device = path

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import fastreg
-from tests.cases import L1, L2, leaf
-from tests.conftest import INTERPRETED
-from tests.test_inplace import GRADS, INF, LR, NAN, Path, bits, make
+from tests.cases import GRADS, INF, L1, L2, LR, NAN, leaf, make
+from tests.helpers import INTERPRETED, Path, bits
 
 Named = list[tuple[str, Tensor]]
 

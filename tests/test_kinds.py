@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastreg
 from tests.cases import L1, L2
-from tests.ways import Path
+from tests.helpers import Path
 
 
 def to_complex(model: nn.Module) -> None:

@@ -10,7 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastreg import traced
 from tests import oracle
-from tests.ways import Path, all_kinds, grid
+from tests.helpers import Path
+from tests.ways import all_kinds, grid
 
 GROUPS = [0, 1, 0, 2, 1]
 

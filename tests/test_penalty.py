@@ -3,52 +3,41 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastreg
 from tests import oracle
-from tests.cases import BLOCK, CASES, DTYPES, L1, L2, leaf
-
-Path = tuple[str, str]
-
-
-def assert_value(actual: Tensor, expected: float, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    assert actual.ndim == 0
-    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert type(actual) is Tensor
-    if dtype != torch.float64 and expected > torch.finfo(torch.float32).max:
-        expected = float("inf")
-    # The kernels promise the neighbouring float32; sums of float64 weights are themselves rounded.
-    kernel_rtol = oracle.VALUE_RTOL[dtype] if dtype == torch.float64 else oracle.FLOAT32_ULP
-    rtol = kernel_rtol if path[0] == "triton" else oracle.VALUE_RTOL[dtype]
-    np.testing.assert_allclose(float(actual.detach()), expected, rtol=rtol, atol=0)
-
-
-def assert_gradient(w: Tensor, l1: float, l2: float, path: Path, factor: float = 1.0) -> None:
-    assert w.grad is not None
-    assert w.grad.dtype == w.dtype
-    # The interpreter truncates float32 -> bfloat16 stores, which rounding to nearest never does.
-    slack = 1.0 if path == ("triton", "cpu") and w.dtype == torch.bfloat16 else 0.0
-    limit = oracle.GRADIENT_ULPS[w.dtype] + slack
-    assert oracle.ulp_distance(w.grad, oracle.gradient(w, l1 * factor, l2 * factor)) <= limit
+from tests.cases import BLOCK, CASES, DTYPES, L1, L2, leaf, mixed_model
+from tests.helpers import Path, assert_gradient, assert_value, naming
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient(path: Path, case: str, dtype: torch.dtype) -> None:
+def test_value_and_gradient(path: Path, dtype: torch.dtype) -> None:
+    """Of each weight alone, and of all of them in one call."""
     impl, device = path
-    w = leaf(CASES[case](dtype, device))
+    weights = {case: leaf(make(dtype, device)) for case, make in CASES.items()}
     if path == ("triton", "cpu") and dtype == torch.bfloat16:
         # The interpreter reads bfloat16 subnormals as zero; a GPU does not.
-        w = leaf(torch.where(w.abs() < torch.finfo(dtype).tiny, 0.0, w))
-    expected = oracle.penalty([w], L1, L2)
+        tiny = torch.finfo(dtype).tiny
+        weights = {case: leaf(torch.where(w.abs() < tiny, 0.0, w)) for case, w in weights.items()}
 
-    found = fastreg.elastic_penalty(w, L1, L2, return_terms=True, impl=impl)
+    for case, w in weights.items():
+        with naming(f"{case}, alone"):
+            found = fastreg.elastic_penalty(w, L1, L2, return_terms=True, impl=impl)
+            for actual, exact in zip(found, oracle.penalty([w], L1, L2), strict=True):
+                assert_value(actual, exact, path, dtype)
+            found.total.backward()
+            assert_gradient(w, L1, L2, path)
+            w.grad = None
 
-    for actual, exact in zip(found, expected, strict=True):
+    del weights["special_values"]  # which would hide the value of the others
+    found = fastreg.elastic_penalty(list(weights.values()), L1, L2, return_terms=True, impl=impl)
+    for actual, exact in zip(found, oracle.penalty(weights.values(), L1, L2), strict=True):
         assert_value(actual, exact, path, dtype)
     found.total.backward()
-    assert_gradient(w, L1, L2, path)
+    for case, w in weights.items():
+        with naming(f"{case}, among the others"):
+            assert_gradient(w, L1, L2, path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -81,22 +70,6 @@ def test_the_sign_of_zero_is_zero(path: Path) -> None:
     fastreg.elastic_penalty(w, 1.0, 0.0, impl=impl).backward()
     assert w.grad is not None
     assert w.grad.tolist() == [0.0, 0.0, 1.0, -1.0]
-
-
-def mixed_model(device: str) -> nn.Module:
-    """All four dtypes, a tied weight, a frozen one, an empty one, channels_last, and a one-element parameter."""
-    model = nn.Module()
-    model.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    model.half = nn.Linear(33, 7, dtype=torch.float16)
-    model.brain = nn.Linear(65, 9, dtype=torch.bfloat16)
-    model.double = nn.Linear(5, 3, dtype=torch.float64)
-    model.embedding = nn.Embedding(50, 41)
-    model.head = nn.Linear(41, 50)
-    model.head.weight = model.embedding.weight
-    model.frozen = nn.Linear(5, 5).requires_grad_(False)
-    model.empty = nn.Parameter(torch.empty(0, 4))
-    model.temperature = nn.Parameter(torch.tensor(-2.0))
-    return model.to(device)
 
 
 def test_a_model_of_everything(path: Path) -> None:

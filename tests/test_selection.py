@@ -12,8 +12,7 @@ from torch import nn
 import fastreg
 from tests import oracle
 from tests.cases import L1, L2
-
-Path = tuple[str, str]
+from tests.helpers import Path
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fastreg
 from tests import oracle
 from tests.cases import L1, L2
-from tests.ways import Path
+from tests.helpers import Path
 
 # PyTorch's own forward-mode decompositions still use torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

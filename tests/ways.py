@@ -15,11 +15,11 @@ import fastreg
 from fastreg.formulas import Mode
 from fastreg.local import local_sweep
 from fastreg.sharded import sharded_sweep
+from tests.helpers import Path
 
 L1, L2 = 1 / 8, 1 / 4
 WAYS = ("direct", "ordinary")
 
-Path = tuple[str, str]
 Terms = tuple[Tensor, Tensor, Tensor]
 
 
@@ -124,12 +124,12 @@ def spy_on_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
 
 
 def check_against_autograd(
-    way: str, path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch, is_empty: bool = False
+    way: str, path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch, is_direct: bool = True
 ) -> None:
     """Runs a scenario that nobody watches, whose outcome must be the naive formulation's.
 
     Args:
-        is_empty: whether there is no gradient to add, so that the ways do not differ.
+        is_direct: whether backward writes .grad itself in the direct way.
     """
     expected = outcome("naive", path, scenario)
     modes = spy_on_sweeps(monkeypatch)
@@ -138,4 +138,4 @@ def check_against_autograd(
 
     assert_same(actual, expected)
     # Else tests of both ways would test the same one.
-    assert (Mode.ACCUMULATE in modes) == (way == "direct" and not is_empty)
+    assert (Mode.ACCUMULATE in modes) == (way == "direct" and is_direct)

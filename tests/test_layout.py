@@ -16,13 +16,12 @@ import fastreg
 from fastreg import layout
 from tests import oracle
 from tests.cases import L1, L2
-from tests.test_penalty import assert_value
-from tests.ways import Path
+from tests.helpers import Path, assert_value
 
 
-@pytest.fixture(autouse=True, params=["guards", "facts"])
+@pytest.fixture(autouse=True, params=["guards", "nothing found again"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if request.param == "facts":
+    if request.param != "guards":
         monkeypatch.setattr(layout, "_TensorGuards", None)
     else:
         assert layout._TensorGuards is not None
@@ -153,6 +152,8 @@ def test_groups_are_part_of_what_is_known(path: Path) -> None:
 
 
 def test_modes_and_penalties_that_alternate_are_all_remembered(path: Path) -> None:
+    if layout._TensorGuards is None:
+        pytest.skip("layouts are built anew")
     weights = parameters(path[1])
 
     def calls() -> list[layout.Layout | None]:
@@ -177,11 +178,23 @@ def test_no_model_is_kept_alive(path: Path) -> None:
     weights = parameters(path[1])
     for _ in range(3):
         check(weights, path)
-    assert layout.find_layout(weights, [0, 0, 0]) is not None
+    assert (layout.find_layout(weights, [0, 0, 0]) is None) == (layout._TensorGuards is None)
     alive = [weakref.ref(t) for w in weights for t in (w, w.grad)]
     del weights
     gc.collect()
     assert not [ref for ref in alive if ref() is not None]
+
+
+def test_layouts_of_the_same_memory_share_what_was_prepared_for_it(path: Path) -> None:
+    """Under autocast PyTorch's guards differ, and tables must not be built again for it."""
+    weights = parameters(path[1])
+    fastreg.elastic_penalty(weights, L1, L2, impl=path[0])
+    with torch.autocast(path[1], torch.bfloat16):
+        fastreg.elastic_penalty(weights, L1, L2, impl=path[0])
+    key = weights[0].data_ptr(), len(weights)
+    parts = [list(each.parts.values()) for each in layout._LAYOUTS[key]]
+    assert len(parts) == 2
+    assert parts[0][0][0] is parts[1][0][0]
 
 
 def test_what_is_kept_does_not_grow() -> None:
@@ -197,8 +210,8 @@ def test_what_is_kept_does_not_grow() -> None:
 
 def test_python_asks_little_of_each_tensor(path: Path, request: pytest.FixtureRequest) -> None:
     """Calls from Python for each further tensor: a hundred of them are a hundred microseconds that a GPU waits for."""
-    if path[0] == "torch" or "facts" in request.node.name:
-        pytest.skip("blocks are handled in Python, and so are facts")
+    if path[0] == "torch" or layout._TensorGuards is None:
+        pytest.skip("blocks are handled in Python, and layouts are built anew")
 
     from fastreg.kernels import launch
 
