@@ -93,9 +93,8 @@ def test_learning_rate_as_a_tensor_of_one_element() -> None:
     model, other = net(), net()
     optimizer = SGD(model.parameters(), lr=torch.tensor([0.1]), foreach=False)
     ElasticNet(model, L1, L2).attach(optimizer, "prox")
-    assert train(model, optimizer) == by_hand(
-        "prox", other, SGD(other.parameters(), lr=torch.tensor(0.1), foreach=False)
-    )
+    by_number = SGD(other.parameters(), lr=torch.tensor(0.1), foreach=False)
+    assert train(model, optimizer) == by_hand("prox", other, by_number)
 
 
 def test_deleted_optimizer_leaves_the_penalty_free() -> None:
