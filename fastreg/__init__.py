@@ -1,10 +1,11 @@
 """The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, in one pass over the weights."""
 
-from fastreg._version import __version__
 from fastreg.elastic_net import ElasticNet
 from fastreg.filters import bias_and_norm
 from fastreg.formulas import Penalty
 from fastreg.penalty import add_elastic_grad_, elastic_penalty, elastic_prox_, sparsity
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ElasticNet",

@@ -21,7 +21,7 @@ _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" =
 class Attachment:
     """A penalty that an optimizer applies at every step, until `remove()`.
 
-    `current()` is the work at this moment; `publish` gets what each step measured, and `on_remove` this attachment.
+    `current()` is the work at this moment, and `publish` gets what each step measured.
     """
 
     def __init__(
@@ -30,13 +30,12 @@ class Attachment:
         mode: str,
         current: Callable[[], Work],
         publish: Callable[[Measure | None], None],
-        on_remove: Callable[["Attachment"], None],
     ) -> None:
         # Wrappers such as Accelerate's have hooks of their own, which never run.
         while "optimizer" in getattr(optimizer, "__dict__", ()) and isinstance(optimizer.optimizer, Optimizer):
             optimizer = optimizer.optimizer
         _check(optimizer, mode)
-        self._optimizer, self._on_remove = weakref.ref(optimizer), on_remove
+        self._optimizer = weakref.ref(optimizer)
         work = current()
         _group_of_each(optimizer, work)
         if mode == "prox":
@@ -65,7 +64,7 @@ class Attachment:
                 publish(add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale)))
 
         def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _group_of_each(optimizer, current())
+            _group_of_each(optimizer, current())  # raises before the step, not half way
             _steps(optimizer)
 
         def shrink(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,26 +75,21 @@ class Attachment:
             with torch.no_grad():
                 publish(apply_prox(work, used_steps, step_groups, with_value=True))
 
-        if mode == "grad":
-            self._hooks = [optimizer.register_step_pre_hook(add)]
-        else:
-            # What is wrong raises before the step, not half way.
-            self._hooks = [optimizer.register_step_pre_hook(check), optimizer.register_step_post_hook(shrink)]
+        self._hooks = [optimizer.register_step_pre_hook(add if mode == "grad" else check)]
+        if mode == "prox":
+            self._hooks.append(optimizer.register_step_post_hook(shrink))
         _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the optimizer still exists."""
-        return self._optimizer() is not None
+    def is_active(self) -> bool:
+        """Whether the optimizer still exists, and this was not removed from it."""
+        return bool(self._hooks) and self._optimizer() is not None
 
     def remove(self) -> None:
         """Detaches the penalty: the optimizer steps without it from now on. Further calls do nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            _ATTACHED[optimizer].discard(self)
-        self._on_remove(self)
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._weight_ids.clear()
 
 
 def _check(optimizer: Any, mode: str) -> None:

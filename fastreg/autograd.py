@@ -29,6 +29,10 @@ from fastreg.work import Work
 
 Sweep: TypeAlias = Callable[..., Measure | None]
 
+_TWICE = (
+    "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: it counts "
+    "twice; leave it out of the loss (reg.last has its value), or remove() the attachment"
+)
 _N_OTHERS = 5  # inputs of the Function before the weights, the last two of them the strengths
 _IS_LEAF, _VERSION, _SHAPE = map(operator.attrgetter, ("is_leaf", "_version", "shape"))
 
@@ -82,29 +86,25 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             weights = [next(leaves if is_leaf else others) for is_leaf in ctx.is_leaf]
             work = work._replace(weights=weights, strengths=strengths)
         ctx.state.check(ctx.leaves)
-        others_none: list[Tensor | None] = [None] * _N_OTHERS
-        none = [*others_none, *[None] * len(work.weights)]
+        grads: list[Tensor | None] = [None] * (_N_OTHERS + len(work.weights))
         scale = _scale(upstream)
         if scale is None:
-            return (*none,)
+            return (*grads,)
         if torch.is_grad_enabled():
-            return (*others_none[2:], *_differentiable_backward(ctx, work, sums, scale))
+            return (*grads[: _N_OTHERS - 2], *_differentiable_backward(ctx, work, sums, scale))
         for i, s in enumerate(work.strengths):
             if ctx.needs_input_grad[_N_OTHERS - 2 + i] and isinstance(s, Tensor):
                 derivative = scale[i] * sums[:, i]
-                none[_N_OTHERS - 2 + i] = (derivative if s.ndim else derivative.sum()).to(s)
+                grads[_N_OTHERS - 2 + i] = (derivative if s.ndim else derivative.sum()).to(s)
         if not any(ctx.needs_input_grad[_N_OTHERS:]):
-            return (*none,)
+            return (*grads,)
         if work.is_attached:
-            warnings.warn(
-                "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: "
-                "it counts twice; leave it out of the loss (reg.last has its value), or remove() the attachment",
-                stacklevel=1,
-            )
-        if ctx.gradients is not None or not may_write_gradient(ctx, work.weights, work.is_sharded):
-            return (*none[:_N_OTHERS], *_gradients(ctx, work, scale))
-        _write_after_backward(ctx, work, scale)
-        return (*none,)
+            warnings.warn(_TWICE, stacklevel=1)
+        if ctx.gradients is None and may_write_gradient(ctx, work.weights, work.is_sharded):
+            _write_after_backward(ctx, work, scale)
+        else:
+            grads[_N_OTHERS:] = _gradients(ctx, work, scale)
+        return (*grads,)
 
 
 class WeightState:
@@ -158,8 +158,9 @@ def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
 def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
     """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
     weights, strengths = work.weights, work.strengths
-    if any(_is_batched(factor) for factor in scale):
-        # Many upstream gradients at once, by torch.autograd.grad(is_grads_batched=True): only expressions can follow.
+    # By name: torch.autograd.grad(is_grads_batched=True) uses a kind of batching whose key Python cannot name.
+    if any(isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor)) for factor in scale):
+        # Many upstream gradients at once, which only expressions can follow.
         pairs = zip(local_parts(weights), work.groups, strict=True)
         grads = as_dtensors([formulas.gradient(w, *strengths.of_group(g, scale)) for w, g in pairs], weights)
     else:
@@ -179,11 +180,6 @@ def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
             for w in local_parts(weights)
         ]
     return as_dtensors(parts, weights)
-
-
-def _is_batched(factor: Strength) -> bool:
-    # By name: torch.autograd.grad still uses the older of two kinds of batching, whose key Python cannot name.
-    return isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor))
 
 
 def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: Scale) -> tuple[Tensor | None, ...]:

@@ -61,10 +61,7 @@ class BlockOps:
         return torch.abs(w, out=wide).sum(), square_sum
 
     def update(self, mode: Mode, block: Block, w: Tensor, targets: Pieces, l1: Strength, l2: Strength) -> None:
-        """Does to the block of `targets` what `mode` asks for: to gradients, or in PROX to weights.
-
-        What is added is rounded to the storage dtype first: autograd's order, so that its bits are ours.
-        """
+        """Does to the block of `targets`, gradients or in PROX weights, what `mode` asks for."""
         change = self.prox if mode is Mode.PROX else self.gradient
         if block.direct:
             target = _only_piece(targets, block)
@@ -79,14 +76,19 @@ class BlockOps:
         if mode is not Mode.ACCUMULATE:
             _copy(pieces, parts)
         else:
+            # Rounded to the storage dtype before the addition: autograd's order, so that its bits are ours.
             same = self._dtype == self._compute
             torch._foreach_add_(pieces, parts if same else [part.to(self._dtype) for part in parts])
 
     def gradient(self, w: Tensor, l1: Strength, l2: Strength, out: Tensor) -> Tensor:
         """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel."""
-        sign = torch.sign(w, out=self._vector("sign", w)).mul_(l1)
-        if not self._is_factor(l1):
-            sign.masked_fill_(w == 0, 0.0)  # infinity times sign(0) is NaN
+        sign = self._vector("sign", w)
+        if self._is_factor(l1) and l1 == 0:
+            sign.zero_()  # and not -0.0 where w is negative
+        else:
+            torch.sign(w, out=sign).mul_(l1)
+            if not self._is_factor(l1):
+                sign.masked_fill_(w == 0, 0.0)  # infinity times sign(0) is NaN
         slope = 2 * l2
         if self._is_factor(slope):
             return torch.add(sign, w, alpha=slope, out=out)

@@ -32,9 +32,17 @@ class Walk:
     def __init__(self, part: Part) -> None:
         self._on_host = part.device.type == "cpu"
         self._is_computed_in_place = part.dtype == compute_dtype(part.dtype)
-        size, small = self._limits(sum(part.numels))
-        cuts = [self._cut(numel, size, small) for numel in part.numels]
-        self.piece_sizes = dict(zip(part.positions, cuts, strict=True))  # by position, how a weight is cut
+        size, small = DEVICE_BLOCK, DEVICE_BLOCK
+        if self._on_host:
+            # A model that fits into one pack needs no more operator calls than one tensor.
+            size, small = CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL if sum(part.numels) > CPU_PACK else CPU_BLOCK)
+        self.piece_sizes: dict[
+            int, tuple[int, ...]
+        ] = {}  # by position: blocks, and the rest so that its tail is packed
+        for position, numel in zip(part.positions, part.numels, strict=True):
+            left, tail = numel % size, numel % LANES
+            rest = (left - tail, tail) if left - tail >= small else (left,)
+            self.piece_sizes[position] = (size,) * (numel // size) + tuple(n for n in rest if n)
         blocks: list[Block] = []
         packs: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
         free: dict[int, int] = {}
@@ -61,20 +69,6 @@ class Walk:
                 tensor = tensor.as_strided((tensor.numel(),), (1,))
             pieces[i] = (tensor,) if len(sizes) == 1 else tensor.view(-1).split(sizes)
         return pieces
-
-    def _limits(self, total: int) -> tuple[int, int]:
-        """Elements of a block, and of the smallest piece that is one by itself."""
-        if not self._on_host:
-            return DEVICE_BLOCK, DEVICE_BLOCK
-        # A model that fits into one pack needs no more operator calls than one tensor.
-        return CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL if total > CPU_PACK else CPU_BLOCK)
-
-    @staticmethod
-    def _cut(numel: int, size: int, small: int) -> tuple[int, ...]:
-        """Blocks, and the rest so that its tail can be packed."""
-        left, tail = numel % size, numel % LANES
-        rest = (left - tail, tail) if left - tail >= small else (left,)
-        return (size,) * (numel // size) + tuple(n for n in rest if n)
 
     def _block(self, group: int, pieces: list[tuple[int, int]], sizes: list[int]) -> Block:
         lanes = LANES if self._on_host else 1

@@ -38,12 +38,7 @@ def copied(params: Any) -> Any:
 
 
 def collect(params: Any) -> Collected:
-    """Walks `params`.
-
-    Raises:
-        ValueError: a tensor in two groups, a group without "params" or with a key that looks misspelt.
-        TypeError: anything that is not a tensor where one should be.
-    """
+    """Walks `params`; raises ValueError or TypeError, with the place, for what it cannot be."""
     if isinstance(params, Mapping) and "params" in params:
         params = [params]
     if not isinstance(params, (nn.Module, Tensor, Mapping)):
@@ -111,18 +106,13 @@ def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-# Names that wrappers put between those of the user's own model.
-_WRAPPERS: dict[type[nn.Module], str] = {nn.DataParallel: "module.", nn.parallel.DistributedDataParallel: "module."}
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _MARKS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and checkpoint_wrapper, wherever they stand
 
 
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """`module.named_parameters()`, named as in the user's own model."""
-    wrapped = [
-        f"{name}.{_WRAPPERS[type(each)]}".lstrip(".")
-        for name, each in module.named_modules()
-        if type(each) in _WRAPPERS
-    ]
+    wrapped = [f"{name}.module.".lstrip(".") for name, each in module.named_modules() if isinstance(each, _WRAPPERS)]
     for name, parameter in module.named_parameters():
         # The inner ones first, so that the prefixes of the outer ones still fit.
         for prefix in reversed(wrapped):

@@ -82,9 +82,7 @@ def written_by_kernels(tensor: Tensor, device: torch.device) -> Tensor:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on `device` now goes into a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    if device.index is not None and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # PyTorch asks the current device's stream
             return torch.cuda.is_current_stream_capturing()
-    return torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -96,13 +96,7 @@ def run_after_backward(callback: Callable[[], None], device: torch.device, tenso
     queue(functools.partial(queue, run))
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _references_of_an_unshared_node() -> int:
-    graph: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
-    nodes = [each for each, _ in graph.grad_fn.next_functions]
-    return max(map(sys.getrefcount, nodes))
-
-
-# PyTorch versions differ in how many references are their own.
-_UNSHARED = _references_of_an_unshared_node()
+with torch.inference_mode(False), torch.enable_grad():
+    _GRAPH: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
+# As counted in `may_write_gradient`: PyTorch versions differ in how many references are their own.
+_UNSHARED = max(map(sys.getrefcount, [each for each, _ in _GRAPH.grad_fn.next_functions]))

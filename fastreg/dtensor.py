@@ -43,20 +43,24 @@ def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
     """Each part as a DTensor with the placements of its weight, where that is one; no communication."""
-    return [_like(part, w) if is_dtensor(w) else part for part, w in zip(parts, weights, strict=True)]
+    pairs: list[tuple[Tensor, Any]] = list(zip(parts, weights, strict=True))
+    return [
+        type(w).from_local(p, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride())
+        if is_dtensor(w)
+        else p
+        for p, w in pairs
+    ]
 
 
-def as_placed(tensor: Tensor, weight: Tensor) -> Tensor:
+def as_placed(tensor: Any, weight: Any) -> Any:
     """`tensor` with the placements of the DTensor `weight`; itself where it has them, as gradients nearly always do."""
-    other: Any = weight
-    mesh, placements = other.device_mesh, other.placements
-    found: Any = tensor
-    if not is_dtensor(tensor) or found.device_mesh != mesh:
+    if not is_dtensor(tensor) or tensor.device_mesh != weight.device_mesh:
         raise TypeError(
             f"a .grad of shape {tuple(tensor.shape)} is not a DTensor on the mesh of its weight; "
             "distribute it as the weight is, or set it to None"
         )
-    return found if found.placements == placements else found.redistribute(mesh, placements)  # type: ignore[no-any-return]
+    same = tensor.placements == weight.placements
+    return tensor if same else tensor.redistribute(weight.device_mesh, weight.placements)
 
 
 def dtensor_problem(tensor: Tensor) -> str | None:
@@ -97,12 +101,3 @@ def is_fsdp1(module: nn.Module) -> bool:
     """Whether `module` is wrapped by the older FullyShardedDataParallel."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
-
-
-def _like(part: Tensor, weight: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    other: Any = weight
-    return DTensor.from_local(
-        part, other.device_mesh, other.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-    )

@@ -66,10 +66,8 @@ class ElasticNet:
     def from_alpha(cls, params: Any, alpha: float, l1_ratio: float, **keywords: Any) -> "ElasticNet":
         """The same in scikit-learn's parametrisation: l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
 
-        Source: the objective in the documentation of sklearn.linear_model.ElasticNet.
-
-        Raises:
-            ValueError: negative or infinite alpha, or l1_ratio outside [0, 1].
+        Source: the objective in the documentation of sklearn.linear_model.ElasticNet. Raises ValueError for a negative
+        or infinite alpha, and for an l1_ratio outside [0, 1].
         """
         alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
         if not isinstance(ratio, Tensor) and ratio > 1:
@@ -104,7 +102,7 @@ class ElasticNet:
         if reduce is not True:
             check_reduce(reduce)
             work = work._replace(all_reduce=False)
-        if self._attachment is not None and self._attachment.is_alive:
+        if self._attachment is not None and self._attachment.is_active:
             work = work._replace(is_attached=True)
         return penalty_of(work, return_terms)
 
@@ -132,8 +130,7 @@ class ElasticNet:
                 "prox" shrinks the weights right after the step, each by the learning rate of its param group: exactly
                 the proximal gradient method for plain SGD; momentum and Adam make larger steps than lr.
 
-        Returns:
-            A handle with `remove()`. `last` is the `Penalty` at each step from now on.
+        Returns: a handle with `remove()`. `last` is the `Penalty` at each step from now on.
 
         Raises:
             ValueError: a selected weight that the optimizer does not hold, an unknown mode; maximize=True, in mode
@@ -145,9 +142,9 @@ class ElasticNet:
             UserWarning: another penalty of the same weights is attached to the optimizer; later, from backward, this
                 one is part of a loss as well.
         """
-        if self._attachment is not None and self._attachment.is_alive:
+        if self._attachment is not None and self._attachment.is_active:
             raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
-        self._attachment = Attachment(optimizer, mode, self._current, self._publish, self._forget_attachment)
+        self._attachment = Attachment(optimizer, mode, self._current, self._publish)
         return self._attachment
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
@@ -162,10 +159,6 @@ class ElasticNet:
 
     def _publish(self, measured: Measure | None) -> None:
         self.last = _penalty(measured)
-
-    def _forget_attachment(self, attachment: Attachment) -> None:
-        if self._attachment is attachment:
-            self._attachment = None
 
     def _current(self) -> Work:
         """The weights with their groups and strengths, as they are now."""
@@ -192,8 +185,7 @@ class ElasticNet:
         The tensor of a float is written in place from then on, so that a CUDA graph of compiled code follows.
         """
         if torch.compiler.is_compiling():
-            # Assigned by the very code that is compiled, which knows the value.
-            self._published = None
+            self._published = None  # assigned by the very code that is compiled, which knows the value
             return
         if not self._buffers:
             device = self._selection.weights[0].device

@@ -32,12 +32,7 @@ def filtered(
 ) -> list[Candidate]:
     """The trainable candidates that `include` matches and `exclude` does not.
 
-    Raises:
-        ValueError: `include` matches nothing, a regular expression that is none, nothing left.
-        TypeError: a filter of another kind.
-
-    Warns:
-        UserWarning: `exclude` matches nothing.
+    Raises ValueError where `include` matches nothing or nothing is left, and warns where `exclude` matches nothing.
     """
     included = list(map(operator.and_, trainable, _matches(include, True, candidates, modules)))
     if include is not None and not any(included):
@@ -65,12 +60,9 @@ def _matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate],
 def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
     classes = pattern if isinstance(pattern, tuple) else (pattern,)
     if classes and all(isinstance(c, type) and issubclass(c, nn.Module) for c in classes):
-        owned = [p for m in modules if isinstance(m, classes) for p in m._parameters.values() if p is not None]
-        if torch.compiler.is_compiling():
-            # A compiler would take an id for a constant.
-            return lambda name, param: any(param is p for p in owned)
-        ids = set(map(id, owned))
-        return lambda name, param: id(param) in ids
+        owners = [m for m in modules if isinstance(m, classes)]
+        owned = dict.fromkeys(p for m in owners for p in m._parameters.values())  # by identity, as tensors are hashed
+        return lambda name, param: param in owned
     if isinstance(pattern, nn.Module) or not (isinstance(pattern, (str, re.Pattern)) or callable(pattern)):
         raise TypeError(
             f"{which} must be a regular expression, a callable (name, param) -> bool, or a module class or tuple of "

@@ -1,13 +1,7 @@
 """The mathematics as plain PyTorch expressions: the reference that every other implementation is tested against.
 
-For a weight w and strengths l1 and l2:
-
-    terms      Σ|w| and Σw², which l1 and l2 multiply
-    gradient   l1 * sign(w) + 2 * l2 * w                         with sign(±0) = 0
-    prox       sign(w) * max(|w| - l1, 0) / (1 + 2 * l2)         for strengths that carry the step size
-
-The Triton kernels (`kernels/sweep_kernel.py`) and the blocks of the PyTorch path (`block_ops.py`) state the same for
-their own purposes. Autograd, compilers and transforms see through what is here.
+`terms`, `gradient` and `prox` state the formulas of fastreg.penalty, as `kernels/sweep_kernel.py` and `block_ops.py` do
+for their own purposes. Autograd, compilers and transforms see through what is here.
 """
 
 import enum
@@ -73,8 +67,8 @@ def gradient(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
     if not isinstance(slope, Tensor):
         # full() also takes a float that a compiler holds as a symbol.
         slope = torch.full((), slope, dtype=accumulate_dtype(w.device), device=w.device)
-    # An l1 beyond float32 is infinite there, and infinity times sign(0) would be NaN.
-    signed = torch.where(wide == 0, 0.0, wide.sign() * l1)
+    # An l1 beyond float32 is infinite there, and infinity times sign(0) would be NaN; one of 0 leaves no sign on zeros.
+    signed = torch.where(wide == 0, 0.0, wide.sign() * l1) + 0.0
     return torch.addcmul(signed, wide, slope).to(w.dtype)
 
 

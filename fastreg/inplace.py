@@ -19,9 +19,8 @@ from fastreg.work import Work
 def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True) -> Measure | None:
     """Adds the penalty's gradient to .grad, which is created where it is None, in one sweep.
 
-    Raises:
-        TypeError: a .grad of another dtype or device than its weight, before anything is written.
-        ValueError, RuntimeError: a .grad of another shape, or that cannot be changed in place, likewise.
+    Raises TypeError, ValueError or RuntimeError, before anything is written, for a .grad of another dtype, device or
+    shape than its weight, or that cannot be changed in place.
     """
     run = sweep_for(work)
     layout = find_layout(work.weights, work.groups) if run is local_sweep else None
@@ -45,9 +44,8 @@ def apply_prox(
 ) -> Measure | None:
     """Shrinks weight i by a proximal step of size `steps[step_groups[i]]`; the value is that before it.
 
-    Raises:
-        ValueError: a weight whose elements share memory, before anything is written.
-        RuntimeError: an inference tensor outside inference mode, likewise.
+    Raises ValueError, before anything is written, for a weight whose elements share memory, and RuntimeError for an
+    inference tensor outside inference mode.
     """
     weights = work.weights
     parts = local_parts(weights) if work.is_sharded else weights

@@ -1,8 +1,7 @@
 """What was learnt of a list of weights, and whether it still holds: the one cache.
 
-A layout holds addresses and sizes, never tensors, so that caching it keeps no model alive. A model has hundreds of
-tensors, and a GPU waits for whatever Python asks of each. So each is asked twice: for its address, and in C++, by the
-guards that torch.compile uses for its graphs, for everything else.
+A layout holds addresses and sizes, never tensors, so that caching it keeps no model alive. A GPU waits for whatever
+Python asks of hundreds of tensors: each is asked for its address, and torch.compile's guards ask the rest, in C++.
 """
 
 import threading
@@ -66,7 +65,7 @@ class Layout:
         self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self._groups = list(groups)
-        self._memory = [(w.dtype, w.device, w.numel()) for w in weights]
+        self.memory = [self.addresses, self._groups, [(w.dtype, w.device, w.numel()) for w in weights]]
         self._weights = Snapshot(weights)
         self.grads: Snapshot | None = None  # of gradients that may be written to as they are
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
@@ -82,11 +81,6 @@ class Layout:
     def matches(self, weights: Sequence[Tensor], addresses: list[int], groups: Sequence[int]) -> bool:
         """Whether this is the layout of `weights`, which lie at `addresses`."""
         return self.addresses == addresses and self._groups == list(groups) and self._weights.matches(weights)
-
-    def share_parts(self, other: "Layout") -> None:
-        """Takes the parts of a layout of the same memory, under autocast for instance, and all prepared for them."""
-        if (self.addresses, self._memory, self._groups) == (other.addresses, other._memory, other._groups):
-            self.parts = other.parts
 
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
@@ -114,8 +108,9 @@ def store_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout:
         while len(_LAYOUTS) >= MOST_KEYS and key not in _LAYOUTS:
             del _LAYOUTS[next(iter(_LAYOUTS))]
         others = _LAYOUTS.get(key, ())
-        for other in others:
-            layout.share_parts(other)
+        for other in others:  # of the same memory, as under autocast: what was prepared for it serves here
+            if other.memory == layout.memory:
+                layout.parts = other.parts
         _LAYOUTS[key] = (layout, *others)[:MOST_PER_KEY]
     return layout
 

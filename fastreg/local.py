@@ -27,12 +27,8 @@ def local_sweep(
         grads: one tensor of the weight's shape, dtype and device for each weight.
         layout: the `Layout` of the weights, where the caller has found it and it accepts `grads`.
 
-    Returns:
-        The value, if asked for: in PROX that of the weights before the step.
-
-    Raises:
-        TypeError: a weight that changed its kind since it was selected.
-        RuntimeError: impl="triton" where it cannot run.
+    Returns the value, if asked for: in PROX that of the weights before the step. Raises TypeError for a weight that
+    changed its kind since it was selected, and RuntimeError for impl="triton" where it cannot run.
     """
     dense, staged = work, grads
     if layout is None:

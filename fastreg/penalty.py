@@ -110,13 +110,10 @@ def add_elastic_grad_(
 
     Args: as `elastic_penalty`. Gradients with respect to l1 and l2 are not formed.
 
-    Returns:
-        The `Penalty` of the weights as they are, without a graph.
+    Returns: the `Penalty` of the weights as they are, without a graph.
 
-    Raises: as `elastic_penalty`, and
-        TypeError: a .grad of another dtype or device than its weight.
-
-    Any error leaves weights and gradients as they were.
+    Raises: as `elastic_penalty`, and TypeError for a .grad of another dtype or device than its weight, ValueError for
+    one of another shape. Any error leaves weights and gradients as they were.
 
     Example:
         >>> criterion(model(x), y).backward()
@@ -147,10 +144,9 @@ def elastic_prox_(
     Args: as `elastic_penalty`, and
         lr: the step size, that of the optimizer as a rule: a float, or a 0-dim tensor on the weights' device.
 
-    Raises: as `elastic_penalty`, and
-        ValueError: a negative, NaN or infinite lr; an expanded weight, whose elements share memory.
-
-    Any error leaves the weights as they were. A graph recorded before this call refuses to run backward after it.
+    Raises: as `elastic_penalty`, and ValueError for a negative, NaN or infinite lr and for an expanded weight, whose
+    elements share memory. Any error leaves the weights as they were. A graph recorded before this call refuses to run
+    backward after it.
 
     Example:
         >>> optimizer.step()
@@ -165,9 +161,7 @@ def elastic_prox_(
 def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> Tensor:
     """The fraction of weights that are exactly zero: a 0-dim float32 tensor on the first weight's device.
 
-    Args: as `elastic_penalty`.
-
-    Raises: as `elastic_penalty`; ValueError too where the selected weights have no elements.
+    Args and errors: as `elastic_penalty`; ValueError too where the selected weights have no elements.
     """
     weights = Selection(params, include, exclude).weights
     total = sum(w.numel() for w in weights)

@@ -61,10 +61,9 @@ _KEPT = _Kept()
 
 
 def take_memory(device: torch.device, reserve: int) -> Memory:
-    """This thread's memory, for the caller alone until `give_back`.
+    """This thread's memory, for the caller alone until `give_back`; new memory costs a page fault each 4 KiB.
 
-    On a CPU it is what this thread had before: new memory costs a page fault for every 4 KiB of it. A sweep that runs
-    in the middle of another one, in a signal handler for instance, finds none, and gets memory of its own.
+    A sweep in the middle of another one, in a signal handler for instance, finds none, and gets memory of its own.
     """
     if device.type != "cpu" or is_watched():
         return Memory(device)

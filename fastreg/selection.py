@@ -49,17 +49,12 @@ class Selection:
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
         # Hundreds of modules, asked at every call: a loop in Python for each question at most.
+        contained = chain.from_iterable([contained.values() for contained in self._filled])
         return (
             [t.requires_grad for t in self._tensors] == self._requires_grad
             and list(map(type, self._tensors)) == self._types
             and list(map(len, self._contents)) == self._lengths
-            and all(
-                map(
-                    operator.is_,
-                    chain.from_iterable([contained.values() for contained in self._filled]),
-                    self._contained,
-                )
-            )
+            and all(map(operator.is_, contained, self._contained))
         )
 
     def makes_constants(self, l1: Strength, l2: Strength) -> bool:

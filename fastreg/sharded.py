@@ -26,10 +26,8 @@ NOT_COUNTED = -2  # counted by another rank
 class Ownership:
     """Which rank counts which weight: `mesh_index[i]` is the mesh that weight i is summed over, or one of the above.
 
-    Args:
-        weights: DTensors and plain tensors.
-        all_reduce: whether ranks will sum what they count. If not, each weight is counted by ranks that hold different
-            parts of it and by nobody else: plain tensors where the first mesh has only coordinates 0.
+    Without `all_reduce` ranks will not sum what they count. Each weight is then counted by ranks that hold different
+    parts of it and by nobody else: plain tensors where the first mesh has only coordinates 0.
     """
 
     def __init__(self, weights: Sequence[Tensor], all_reduce: bool) -> None:
@@ -50,8 +48,11 @@ class Ownership:
             subtotal = torch.stack(own).sum(0) if own else torch.zeros_like(total)
             if index != REPLICATED and self._all_reduce:
                 mesh, _, process_groups = self._reductions[index]
-                if process_groups:
-                    subtotal = _sum_over_ranks(subtotal, mesh, process_groups)
+                if subtotal.device.type != mesh.device_type:  # of weights that are offloaded to the CPU
+                    subtotal = subtotal.to(mesh.device_type)
+                for group in process_groups:
+                    dist.all_reduce(subtotal, group=group)
+                subtotal = subtotal.to(total.device)
             total = total + subtotal
         return total
 
@@ -116,11 +117,3 @@ def _reduction(mesh: Any, sharded: set[int]) -> tuple[list[int], list[Any]]:
     if len(sharded) > 1 and mesh.size() == dist.get_world_size():
         return list(range(mesh.ndim)), [dist.group.WORLD]
     return sorted(sharded), [mesh.get_group(dim) for dim in sorted(sharded)]
-
-
-def _sum_over_ranks(numbers: Tensor, mesh: Any, groups: list[Any]) -> Tensor:
-    # Weights that are offloaded to the CPU are on the mesh of another device.
-    moved = numbers.clone() if numbers.device.type == mesh.device_type else numbers.to(mesh.device_type)
-    for group in groups:
-        dist.all_reduce(moved, group=group)
-    return moved.to(numbers.device)

@@ -63,9 +63,7 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
 def check_strength(value: object, name: str) -> Strength:
     """`value` as a float or 0-dim tensor.
 
-    Raises:
-        ValueError: negative, NaN or infinite, or a tensor that is not 0-dim.
-        TypeError: not a real number, or not a floating-point tensor.
+    ValueError: negative, NaN, infinite, not 0-dim. TypeError: not a real number, not a floating-point tensor.
     """
     if isinstance(value, Tensor):
         if is_dtensor(value):
@@ -90,12 +88,9 @@ def check_strength(value: object, name: str) -> Strength:
 
 
 def per_group(values: Sequence[Strength], device: torch.device, name: str) -> Strength:
-    """One strength per group in the form that `Strengths` holds.
+    """One strength per group in the form that `Strengths` holds; ValueError for a tensor that is not on `device`.
 
     That form depends on the number of groups only, never on the values: another form would compile kernels again.
-
-    Raises:
-        ValueError: a tensor on another device than `device`.
     """
     for value in values:
         if isinstance(value, Tensor) and value.device != device:

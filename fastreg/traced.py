@@ -1,8 +1,7 @@
 """The sweep where a compiler or a transform has to see through it: expressions, or one opaque operator per sweep.
 
-On the PyTorch path and under torch.func a traced sweep is the expressions of `formulas.py`. For a compiler the Triton
-kernels are hidden in custom operators, whose schemas declare what they change. They know nothing of weighted terms:
-those are expressions of the operators' sums, through which the strengths get their gradients.
+On the PyTorch path and under torch.func it is the expressions of `formulas.py`. The Triton kernels are hidden in custom
+operators; weighted terms are expressions of the operators' sums, through which the strengths get their gradients.
 """
 
 from typing import Any
@@ -36,11 +35,7 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def traced_sweep(
     work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True
 ) -> Measure | None:
-    """`local_sweep` in VALUE, ACCUMULATE and PROX, in terms of operators that compilers and transforms see through.
-
-    Raises:
-        RuntimeError: DTensor weights, whose sums over ranks are not among these operators.
-    """
+    """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
     if any_dtensor(weights) or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
         raise RuntimeError(

@@ -47,9 +47,6 @@ class Tables(NamedTuple):
     blocks_per_chunk: int
 
 
-_N_CHUNKS = operator.attrgetter("n_chunks")
-
-
 class PointerTables:
     """The tables of one part, built at their first use and kept on its device."""
 
@@ -102,7 +99,7 @@ def kernel_sweep(
             return kernel_sweep(parts, mode, work, grads, scale, value_dtype)
     pointers = [part.prepared(PointerTables) for part in parts]
     tables = list(map(PointerTables.of_weights, pointers))
-    n_chunks = sum(map(_N_CHUNKS, tables))
+    n_chunks = sum([table.n_chunks for table in tables])
     factors = *work.strengths, *scale
     l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = [s if isinstance(s, Tensor) else None for s in factors]
     l1, l2, factor_l1, factor_l2 = [1.0 if isinstance(s, Tensor) else s for s in factors]

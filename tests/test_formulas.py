@@ -45,7 +45,7 @@ def test_sweeps_against_expressions(path: Path, dtype: torch.dtype, mode: Mode) 
     scales = [Scale(), Scale(0.5, 2.0), Scale(*torch.tensor([0.5, 2.0], device=device))]
     for scale in scales[2:] if mode is Mode.RESCALE else scales:
         copies = [[w.clone() for w in weights] for _ in range(2)]
-        grads = [[torch.full_like(w, 0.25) for w in weights] for _ in range(2)]
+        grads = [[torch.full_like(w, 64.0) for w in weights] for _ in range(2)]
         expected = formulas.measure(
             formulas.sums_of_groups(weights, groups, GROUPS), strengths, formulas.value_dtype([dtype])
         )
@@ -96,7 +96,6 @@ def test_strength_beyond_float32_leaves_the_gradient_of_zero_at_zero(path: Path,
 def test_gradients_of_no_strength_have_the_same_signs_of_zero_on_every_path(path: Path, dtype: torch.dtype) -> None:
     impl, device = path
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e-5, -3e-5], device=device).to(dtype)
-    expected = [False, False, False, True, False, True]  # those of 0 * sign(w) + 0 * w in IEEE arithmetic
     for l1, l2 in ((0.0, 0.0), (torch.zeros((), device=device), torch.zeros((), device=device))):
         w = values.clone().requires_grad_()
         (returned,) = torch.autograd.grad(fastreg.elastic_penalty(w, l1, l2, impl=impl), w)
@@ -106,7 +105,7 @@ def test_gradients_of_no_strength_have_the_same_signs_of_zero_on_every_path(path
         for grad in (returned, w.grad, added.grad, formulas.gradient(values, l1, l2)):
             assert grad is not None
             assert not grad.any()
-            assert torch.signbit(grad).tolist() == expected
+            assert not torch.signbit(grad).any()
 
 
 def test_infinite_weight_and_overflowing_threshold(path: Path) -> None:

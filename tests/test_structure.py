@@ -34,7 +34,7 @@ LAYERS = [
     ["fastreg.scratch", "fastreg.layout", "fastreg.kernels.sweep_kernel"],
     ["fastreg.formulas", "fastreg.kinds", "fastreg.work"],
     ["fastreg.strengths"],
-    ["fastreg.device_cache", "fastreg.dtensor", "fastreg._version"],
+    ["fastreg.device_cache", "fastreg.dtensor"],
 ]
 
 
