@@ -1,7 +1,6 @@
 """What has to work where nothing but the wheel and its dependencies is installed."""
 
 import importlib.util
-import platform
 import warnings
 from importlib import metadata, resources
 
@@ -17,7 +16,9 @@ if not (resources.files("fastreg") / "py.typed").is_file():
     raise SystemExit("py.typed is missing, so type checkers ignore the annotations")
 if metadata.version("fastreg") != fastreg.__version__:
     raise SystemExit("the metadata and fastreg.__version__ disagree")
-if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+if not (resources.files("fastreg") / "kernels" / "launch.py").is_file():
+    raise SystemExit("the kernels are missing; PyTorch's CUDA and ROCm builds bring Triton, which is all they need")
+if importlib.util.find_spec("triton") is not None:
     import fastreg.kernels
 
 model = torch.nn.Linear(3, 2)

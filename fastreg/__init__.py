@@ -1,4 +1,4 @@
-"""The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, in one pass over the weights."""
+"""The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, without copying the weights."""
 
 from fastreg.elastic_net import ElasticNet
 from fastreg.filters import bias_and_norm

@@ -182,7 +182,7 @@ def of_a_gradient_kept_in_another_dtype(scene: Scene) -> list[torch.dtype]:
 
 
 # A hook on an AccumulateGrad node that nobody in Python holds: to ask every node for its hooks would cost 2 µs each.
-UNSEEN = pytest.mark.xfail(reason="known limit, stated in the README: such a hook does not see the penalty's gradient")
+UNSEEN = pytest.mark.xfail(reason="known limit, in docs/threads.md: such a hook does not see the penalty's gradient")
 
 SCENARIOS: list[Scenario] = [
     on_one_weight_of_many,
