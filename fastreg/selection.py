@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from fastreg.collect import Candidate, collect
+from fastreg.collect import Candidate, OwnStrengths, collect
 from fastreg.dtensor import any_dtensor, gathered_by_fsdp, is_fsdp1
 from fastreg.filters import Filter, filtered
 from fastreg.kinds import check_kinds
@@ -38,13 +38,14 @@ class Selection:
         self.weights = [c.tensor for c in chosen]
         check_kinds(self.names, self.weights)
         _check_fsdp(chosen, modules)
-        # Groups of equal strengths are one, and groups that lost all their weights are none. A compiler, which would
-        # take a float for a constant to compare it, keeps them apart.
-        is_compiling = torch.compiler.is_compiling()
-        keys: list[Any] = [c.group if is_compiling else own_strengths[c.group] for c in chosen]
+        # Groups that bring no strengths are one. Those that do are not compared: two that become equal would otherwise
+        # make another number of groups, for which kernels are compiled again.
+        keys = [c.group if any(s is not None for s in own_strengths[c.group]) else None for c in chosen]
         index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         self.groups = [index_of[key] for key in keys]
-        self._own_strengths = [own_strengths[key] if is_compiling else key for key in index_of]
+        self._own_strengths: list[OwnStrengths] = [
+            (None, None) if key is None else own_strengths[key] for key in index_of
+        ]
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""

@@ -261,3 +261,18 @@ def test_a_copied_attachment_can_be_attached_again() -> None:
     model.reg.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.reg.attach(torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_groups_of_strengths_stay_apart_when_these_are_equal(path: Path) -> None:
+    """What a sweep takes depends on which groups bring strengths, not on their values: no kernel is compiled again."""
+    impl, device = path
+    weights = [torch.ones(n, device=device) for n in (2, 3, 4, 5)]
+    for l1 in ((0.5, 0.25), (0.25, 0.25), (0.0, 0.0)):
+        groups = [{"params": weights[0], "l1": l1[0]}, {"params": weights[1], "l1": l1[1]}]
+        reg = fastreg.ElasticNet([*groups, {"params": weights[2]}, {"params": weights[3], "lr": 1.0}], 0.125, impl=impl)
+        work = reg._current()
+        assert (list(work.groups), work.n_groups) == ([0, 1, 2, 2], 3)
+        assert all(isinstance(s, torch.Tensor) and s.shape == (3,) for s in work.strengths)
+        assert float(reg().detach()) == 2 * l1[0] + 3 * l1[1] + 9 * 0.125
+    plain = fastreg.ElasticNet([{"params": w} for w in weights], 0.125, impl=impl)._current()
+    assert (plain.n_groups, plain.strengths.l1) == (1, 0.125)
