@@ -54,10 +54,9 @@ def value_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def terms(w: Tensor) -> tuple[Tensor, Tensor]:
     """Σ|w| and Σw², both 0-dim, summed in float64."""
-    wide = w.to(compute_dtype(w.dtype))
-    accumulate = accumulate_dtype(w.device)
-    # Squared in float64: float32 squares overflow at 2e19.
-    return wide.abs().sum(dtype=accumulate), wide.to(accumulate).square().sum()
+    # Float64 from the element on: float32 squares overflow at 2e19, and so does what comes back through autograd.
+    wide = w.to(accumulate_dtype(w.device))
+    return wide.abs().sum(), wide.square().sum()
 
 
 def gradient(w: Tensor, l1: Strength, l2: Strength) -> Tensor:

@@ -90,6 +90,11 @@ def test_strength_beyond_float32_leaves_the_gradient_of_zero_at_zero(path: Path,
     fastreg.add_elastic_grad_(w, 1e300, 0.5, impl=impl)
     assert torch.equal(w.grad, expected)  # type: ignore[arg-type]
     assert torch.equal(formulas.gradient(w.detach(), 1e300, 0.5), expected)
+    penalty = fastreg.elastic_penalty(w, 1e300, 0.5, impl=impl)
+    (differentiable,) = torch.autograd.grad(penalty, w, create_graph=True)
+    assert torch.equal(differentiable, expected)
+    by_transform = torch.func.grad(lambda w: fastreg.elastic_penalty(w, 1e300, 0.5, impl=impl))(w.detach())
+    assert torch.equal(by_transform, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
