@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastreg.dtensor import as_dtensors, as_placed, is_dtensor, local, local_parts
 from fastreg.formulas import Measure, Mode, measure
-from fastreg.kinds import check_kinds
 from fastreg.layout import find_layout
 from fastreg.local import is_dense, local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths, per_group
@@ -28,8 +27,6 @@ def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True
     if layout is not None and layout.accepts(grads):
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, layout=layout)
     else:
-        if layout is None:
-            check_kinds(work.names, work.weights)
         grads = [_usable_gradient(w, name) for w, name in zip(work.weights, work.names, strict=True)]
         found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
         for w, grad in zip(work.weights, grads, strict=True):

@@ -99,7 +99,7 @@ def is_dense(tensor: Tensor) -> bool:
 def as_dense(tensor: Tensor) -> Tensor:
     """`tensor` itself where its memory is dense and holds its values, else a copy of which that is true."""
     if _is_lazy(tensor):
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.clone()
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
