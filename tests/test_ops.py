@@ -100,3 +100,11 @@ def test_changes_are_counted(path: Path) -> None:
     assert grad._version > versions[1]
     traced.prox_([w], [0], one, one, False, impl)
     assert w._version > versions[0]
+
+
+def test_operators_stay_out_of_graphs_that_the_compiler_captures() -> None:
+    """Their tables outlive a call, and such graphs take their memory back."""
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this PyTorch has no such tag")
+    for name in ("group_sums", "gradients", "add_gradient_", "prox_"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.fastreg, name).default.tags
