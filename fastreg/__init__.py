@@ -20,5 +20,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """What users may use; the modules are the library's own."""
-    return __all__
+    return __all__  # what users may use; the modules are the library's own

@@ -1,6 +1,5 @@
 """Attaching a penalty to an optimizer: before every step its gradient, or after every step its proximal step."""
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fastreg.formulas import Measure
 from fastreg.inplace import add_gradient, apply_prox
+from fastreg.kinds import warn_user
 from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype, check_strength
 from fastreg.work import Work
 
@@ -44,10 +44,9 @@ class Attachment:
         others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
         shared = [name for name, w in zip(work.names, work.weights, strict=True) if id(w) in others]
         if shared:
-            warnings.warn(
+            warn_user(
                 f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be "
-                "applied at every step; remove() one of them, or let them select different parameters",
-                stacklevel=3,
+                "applied at every step; remove() one of them, or let them select different parameters"
             )
 
         def add(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,15 +11,15 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastreg import formulas
 from fastreg.direct import apply, may_write_gradient, must_return_gradient, run_after_backward
-from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local, local_parts
-from fastreg.formulas import Measure, Mode, Penalty
+from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local_shard, local_shards
+from fastreg.formulas import Mode, Penalty
 from fastreg.inplace import add_gradient
 from fastreg.local import is_dense
 from fastreg.strengths import Scale, Strength, Strengths
@@ -27,13 +27,11 @@ from fastreg.sweep import sweep_for
 from fastreg.traced import traced_sweep
 from fastreg.work import Work
 
-Sweep: TypeAlias = Callable[..., Measure | None]
-
 _TWICE = (
     "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: it counts "
     "twice; leave it out of the loss (reg.last has its value), or remove() the attachment"
 )
-_N_OTHERS = 5  # inputs of the Function before the weights, the last two of them the strengths
+_FIRST_STRENGTH, _FIRST_WEIGHT = 3, 5  # where these stand among the inputs of the Function
 _IS_LEAF, _VERSION, _SHAPE = map(operator.attrgetter, ("is_leaf", "_version", "shape"))
 
 
@@ -53,11 +51,11 @@ class ElasticPenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, work: Work, return_terms: bool, run: Sweep, l1: Strength, l2: Strength, *weights: Tensor
+        ctx: Any, work: Work, return_terms: bool, run: Callable[..., Any], l1: Strength, l2: Strength, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
-        # to wherever activations go. Nothing else may keep tensors that were computed for one step.
+        # to wherever activations go. Other tensors go through save_for_backward alone, to be freed after backward.
         ctx.is_leaf = list(map(_IS_LEAF, weights))
         saved = [s for s in (l1, l2) if isinstance(s, Tensor)]
         leaves: Sequence[Tensor] = weights
@@ -65,10 +63,10 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             leaves = list(itertools.compress(weights, ctx.is_leaf))
             saved += [w for w in weights if not w.is_leaf]
         ctx.leaves = leaves
-        ctx.work = work._replace(weights=(), strengths=_floats_of(l1, l2)) if saved else work
+        ctx.work = work._replace(weights=(), strengths=_without_tensors(l1, l2)) if saved else work
         ctx.state = WeightState(leaves, work.is_sharded)
         mode, ctx.gradients = Mode.VALUE, None
-        if any(ctx.needs_input_grad[_N_OTHERS:]) and must_return_gradient(weights, work.is_sharded):
+        if any(ctx.needs_input_grad[_FIRST_WEIGHT:]) and must_return_gradient(weights, work.is_sharded):
             mode, ctx.gradients = Mode.GRADIENT, _empty_gradients(weights)
         found = run(work, mode, grads=ctx.gradients)
         assert found is not None
@@ -86,43 +84,43 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             weights = [next(leaves if is_leaf else others) for is_leaf in ctx.is_leaf]
             work = work._replace(weights=weights, strengths=strengths)
         ctx.state.check(ctx.leaves)
-        grads: list[Tensor | None] = [None] * (_N_OTHERS + len(work.weights))
+        grads: list[Tensor | None] = [None] * (_FIRST_WEIGHT + len(work.weights))
         scale = _scale(upstream)
         if scale is None:
             return (*grads,)
         if torch.is_grad_enabled():
-            return (*grads[: _N_OTHERS - 2], *_differentiable_backward(ctx, work, sums, scale))
+            return (*grads[:_FIRST_STRENGTH], *_differentiable_backward(ctx, work, sums, scale))
         for i, s in enumerate(work.strengths):
-            if ctx.needs_input_grad[_N_OTHERS - 2 + i] and isinstance(s, Tensor):
+            if ctx.needs_input_grad[_FIRST_STRENGTH + i] and isinstance(s, Tensor):
                 derivative = scale[i] * sums[:, i]
-                grads[_N_OTHERS - 2 + i] = (derivative if s.ndim else derivative.sum()).to(s)
-        if not any(ctx.needs_input_grad[_N_OTHERS:]):
+                grads[_FIRST_STRENGTH + i] = (derivative if s.ndim else derivative.sum()).to(s)
+        if not any(ctx.needs_input_grad[_FIRST_WEIGHT:]):
             return (*grads,)
         if work.is_attached:
             warnings.warn(_TWICE, stacklevel=1)
         if ctx.gradients is None and may_write_gradient(ctx, work.weights, work.is_sharded):
             _write_after_backward(ctx, work, scale)
         else:
-            grads[_N_OTHERS:] = _gradients(ctx, work, scale)
+            grads[_FIRST_WEIGHT:] = _gradients(ctx, work, scale)
         return (*grads,)
 
 
 class WeightState:
     """Where each weight lies, its shape, and how often it was changed in place.
 
-    The shard of a DTensor counts by itself. FSDP2 may give a weight another shard, which says nothing.
+    The shard of a DTensor counts by itself. FSDP2 may give a weight another shard object, which is no change.
     """
 
     def __init__(self, weights: Sequence[Tensor], is_sharded: bool) -> None:
         self._facts = _facts(weights)
-        shards = [(i, local(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
+        shards = [(i, local_shard(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
         self._shards = [(i, weakref.ref(shard), _facts([shard])) for i, shard in shards]
 
     def check(self, weights: Sequence[Tensor]) -> None:
         """Raises RuntimeError where one of the same weights was changed since, in place or by assigning `.data`."""
         changed = _facts(weights) != self._facts
         for i, shard, facts in self._shards:
-            now = local(weights[i])
+            now = local_shard(weights[i])
             changed |= shard() is now and _facts([now]) != facts
         if changed:
             raise RuntimeError(
@@ -161,7 +159,7 @@ def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
     # By name: torch.autograd.grad(is_grads_batched=True) uses a kind of batching whose key Python cannot name.
     if any(isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor)) for factor in scale):
         # Many upstream gradients at once, which only expressions can follow.
-        pairs = zip(local_parts(weights), work.groups, strict=True)
+        pairs = zip(local_shards(weights), work.groups, strict=True)
         grads = as_dtensors([formulas.gradient(w, *strengths.of_group(g, scale)) for w, g in pairs], weights)
     else:
         grads, mode = ctx.gradients, Mode.RESCALE
@@ -169,7 +167,7 @@ def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
             grads, mode = _empty_gradients(weights), Mode.GRADIENT
         ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
         sweep_for(work)(work, mode, scale=scale, grads=grads, with_value=False)
-    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[_N_OTHERS:], strict=True)]
+    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[_FIRST_WEIGHT:], strict=True)]
 
 
 def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -177,7 +175,7 @@ def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
     with torch._C.DisableTorchFunctionSubclass():
         parts = [
             torch.empty_like(w, memory_format=torch.preserve_format if is_dense(w) else torch.contiguous_format)
-            for w in local_parts(weights)
+            for w in local_shards(weights)
         ]
     return as_dtensors(parts, weights)
 
@@ -192,9 +190,9 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
         sums = torch.where(
             of_all_ranks.isfinite() & sums.isfinite(), sums + (of_all_ranks - sums).detach(), of_all_ranks
         )
-    terms = formulas.measure(sums, strengths, sums.dtype).penalty[1:]
+    terms = formulas.weighted_terms(sums, strengths, sums.dtype).penalty[1:]
     inputs: list[Any] = [*strengths, *weights]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[_N_OTHERS - 2 :]) if needed]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[_FIRST_STRENGTH:]) if needed]
     upstream = [torch.as_tensor(factor, device=term.device).to(term) for factor, term in zip(scale, terms, strict=True)]
     found = torch.autograd.grad(terms, [inputs[i] for i in wanted], upstream, create_graph=True)
     grads: list[Tensor | None] = [None] * len(inputs)
@@ -203,7 +201,7 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
     return (*grads,)
 
 
-def _floats_of(*strengths: Any) -> Strengths:
+def _without_tensors(*strengths: Any) -> Strengths:
     floats: list[Any] = [None if isinstance(s, Tensor) else s for s in strengths]
     return Strengths(*floats)
 
@@ -211,12 +209,5 @@ def _floats_of(*strengths: Any) -> Strengths:
 def _scale(upstream: Sequence[Tensor | None]) -> Scale | None:
     """The upstream gradients of the two terms, where there are any; that of the total counts for both."""
     total, l1_term, l2_term = upstream if len(upstream) == 3 else (upstream[0], None, None)
-    if total is None and l1_term is None and l2_term is None:
-        return None
-    return Scale(_sum(total, l1_term), _sum(total, l2_term))
-
-
-def _sum(total: Tensor | None, term: Tensor | None) -> Strength:
-    if total is None:
-        return 0.0 if term is None else term
-    return total if term is None else total + term
+    present = [[grad for grad in (total, term) if grad is not None] for term in (l1_term, l2_term)]
+    return Scale(*[sum(grads[1:], grads[0]) if grads else 0.0 for grads in present]) if any(present) else None

@@ -26,7 +26,7 @@ class Block(NamedTuple):
     pieces: tuple[tuple[int, int], ...]  # the weight's position, and which of its pieces
     sizes: tuple[int, ...]
     padded: int  # elements, with those that fill up the vector units
-    direct: bool  # whether the one piece can be worked on where it is
+    in_place: bool  # whether the one piece can be worked on where it is
 
 
 class BlockOps:
@@ -42,7 +42,7 @@ class BlockOps:
 
     def read(self, block: Block, weights: Pieces, for_sums: bool) -> Tensor:
         """The block as a vector, filled up with zeros: itself if it is one; in the dtype of sums if only `for_sums`."""
-        if block.direct:
+        if block.in_place:
             return _only_piece(weights, block)
         pieces = _pieces(weights, block)
         name, dtype = ("wide", self._accumulate) if for_sums else ("input", self._compute)
@@ -63,7 +63,7 @@ class BlockOps:
     def update(self, mode: Mode, block: Block, w: Tensor, targets: Pieces, l1: Strength, l2: Strength) -> None:
         """Does to the block of `targets`, gradients or in PROX weights, what `mode` asks for."""
         change = self.prox if mode is Mode.PROX else self.gradient
-        if block.direct:
+        if block.in_place:
             target = _only_piece(targets, block)
             if mode is not Mode.ACCUMULATE:
                 change(w, l1, l2, target)
@@ -103,7 +103,7 @@ class BlockOps:
         if not (_HAS_FUSED_SGD and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
             return False
         dampening = 1 - slope
-        # SGD takes no momentum for none, and of a small slope the 1 swallows digits.
+        # A momentum of 0 turns the buffer off, and 1 - (1 - slope) loses digits of a small slope.
         if l1 == 0 or self._rounded(1 - dampening) != self._rounded(slope):
             return False
         sign = torch.sign(w, out=self._vector("sign", w))

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from fastreg.block_ops import Block, BlockOps
-from fastreg.formulas import Measure, Mode, Penalty, compute_dtype, measure
+from fastreg.formulas import Measure, Mode, Penalty, compute_dtype, weighted_terms
 from fastreg.layout import Part
-from fastreg.scratch import give_back, is_watched, take_memory
+from fastreg.scratch import give_back, is_under_a_mode, take_memory
 from fastreg.strengths import Scale, Strengths, accumulate_dtype
 from fastreg.work import Grads, Work
 
 # Elements of a block on a CPU: small enough for the cores' caches, large enough that the cost of an operator call
 # disappears (bench/results/tuning). Other devices pay for launches, not cache misses.
 CPU_BLOCK = 1 << 19
-# There, larger pieces than this are not copied to be packed with others, unless the whole model is smaller than that.
+# On a CPU, pieces of CPU_SMALL elements or more are not packed with others, in models of more than CPU_PACK elements.
 CPU_SMALL = 1 << 14
 CPU_PACK = 1 << 17
 DEVICE_BLOCK = 1 << 26
@@ -73,8 +73,8 @@ class Walk:
     def _block(self, group: int, pieces: list[tuple[int, int]], sizes: list[int]) -> Block:
         lanes = LANES if self._on_host else 1
         padded = -(-sum(sizes) // lanes) * lanes
-        direct = len(sizes) == 1 and padded == sizes[0] and self._is_computed_in_place
-        return Block(group, tuple(pieces), tuple(sizes), padded, direct)
+        in_place = len(sizes) == 1 and padded == sizes[0] and self._is_computed_in_place
+        return Block(group, tuple(pieces), tuple(sizes), padded, in_place)
 
 
 def block_sweep(
@@ -117,15 +117,15 @@ def block_sweep(
         give_back(memory)
     if value_dtype is None:
         return None
-    if on_host and not is_watched():
+    if on_host and not is_under_a_mode():
         return _measure_on_host(sums, work.strengths, value_dtype)
     zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
     totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
-    return measure(torch.stack(totals), work.strengths, value_dtype)
+    return weighted_terms(torch.stack(totals), work.strengths, value_dtype)
 
 
 def _measure_on_host(pairs: list[list[tuple[Tensor, Tensor]]], strengths: Strengths, dtype: torch.dtype) -> Measure:
-    """`formulas.measure` in Python's float64: an operator call would take longer than its work."""
+    """`formulas.weighted_terms` in Python's float64: an operator call would take longer than its work."""
     strengths = Strengths(*map(_on_host, strengths))
     sums = [[sum([pair[i].item() for pair in of_group]) for i in range(2)] for of_group in pairs]
     l1_term: Any = 0.0

@@ -13,19 +13,11 @@ OwnStrengths = tuple[Strength | None, Strength | None]  # a group's l1 and l2; N
 
 
 class Candidate(NamedTuple):
-    """A tensor that was passed, before freezing and filters have their say."""
+    """A tensor that was passed, before frozen and excluded ones are left out."""
 
     name: str
     tensor: Tensor
     group: int
-
-
-class Collected(NamedTuple):
-    """All that was passed."""
-
-    candidates: list[Candidate]
-    strengths: list[OwnStrengths]  # of each group
-    modules: list[nn.Module]  # those whose parameters are among the candidates
 
 
 def copied(params: Any) -> Any:
@@ -37,9 +29,12 @@ def copied(params: Any) -> Any:
     return [copied(item) if isinstance(item, (Mapping, Iterator)) else item for item in params]
 
 
-def collect(params: Any) -> Collected:
-    """Walks `params`; raises ValueError or TypeError, with the place, for what it cannot be."""
-    if isinstance(params, Mapping) and "params" in params:
+def collect(params: Any) -> tuple[list[Candidate], list[OwnStrengths], list[nn.Module]]:
+    """The tensors in `params`, each group's own strengths, and the modules whose parameters they are.
+
+    Raises ValueError or TypeError, with the place, for what `params` cannot be.
+    """
+    if isinstance(params, Mapping) and _is_group(params):
         params = [params]
     if not isinstance(params, (nn.Module, Tensor, Mapping)):
         if isinstance(params, str) or not isinstance(params, Iterable):
@@ -62,31 +57,40 @@ def collect(params: Any) -> Collected:
         strengths.append((l1, l2))
         if isinstance(group["params"], nn.Module):
             modules.extend(list(group["params"].modules()))
-        for name, tensor in _named(group["params"], where):
+        for name, tensor in _named(group["params"], where, group.get("param_names")):
             known = seen.setdefault(tensor, Candidate(name, tensor, index))
             if known.group != index:
                 raise ValueError(
                     f"parameter {name!r} is in groups[{known.group}] and in groups[{index}]; its strengths would be "
                     "ambiguous, so leave it in one of them"
                 )
-    return Collected(list(seen.values()), strengths, modules)
+    return list(seen.values()), strengths, modules
+
+
+def _is_group(params: Mapping[Any, Any]) -> bool:
+    """Whether this is a group dict, and not a mapping of named tensors, one of which may be called params."""
+    if "params" in params:
+        return not any(isinstance(v, nn.Parameter) for k, v in params.items() if k not in ("params", "l1", "l2"))
+    return not all(isinstance(value, Tensor) for value in params.values())
 
 
 def _check_keys(group: Mapping[Any, Any], index: int) -> None:
-    """Refuses keys that look misspelt; the others are an optimizer's own, such as lr or betas."""
+    """Refuses keys that look misspelt or misplaced; the others are an optimizer's own, such as lr or betas."""
     for key in group:
         if key in ("params", "l1", "l2") or not isinstance(key, str):
             continue
         plain = re.sub(r"[^a-z0-9]", "", key.lower())
-        strength = re.fullmatch(r"(?:l|lam|lambda|lambd|alpha|reg)([12])|l([12])[a-z]*", plain)
+        strength = re.search(r"(?:l|lam|lambda|lambd|alpha|reg)([12])", plain)
         if strength or difflib.get_close_matches(plain, ["params", "parameters"], 1, 0.8):
-            meant = f"l{strength[1] or strength[2]}" if strength else "params"
+            meant = f"l{strength[1]}" if strength else "params"
             raise ValueError(f"groups[{index}] has a key {key!r}, which means nothing here; write {meant!r}")
+        if key in ("include", "exclude"):
+            raise ValueError(f"groups[{index}] has a key {key!r}, which is an argument of the call, for all groups")
     if "params" not in group:
         raise ValueError(f"groups[{index}] has no 'params' entry")
 
 
-def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
+def _named(params: Any, where: str, names: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(params, nn.Module):
         yield from _named_parameters(params)
     elif isinstance(params, Tensor):
@@ -96,7 +100,7 @@ def _named(params: Any, where: str) -> Iterator[tuple[str, Tensor]]:
         if isinstance(items, str) or not isinstance(items, Iterable):
             raise TypeError(f"{where}params must hold tensors, got {type(items).__name__}")
         for index, item in enumerate(items):
-            default = f"{where}params[{index}]"
+            default = f"{where}params[{index}]" if names is None else names[index]  # an optimizer's param_names
             name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (default, item)
             if not isinstance(tensor, Tensor) or not isinstance(name, str):
                 parts = f" of {', '.join(type(p).__name__ for p in item)}" if isinstance(item, (tuple, list)) else ""

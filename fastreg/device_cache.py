@@ -9,14 +9,13 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# What a captured graph reads at every replay. Nothing tells when the last graph is gone, so this only grows: by some
-# kilobytes for each model that is captured.
+# What captured graphs read at every replay. It only grows, by some kilobytes a model: nothing tells when they are gone.
 _CAPTURED: dict[int, object] = {}
 
 
 class _Entry(NamedTuple):
     table: Any  # a tensor, or a tuple with tensors in it
-    filled: Any  # the event of that, and the stream it was recorded on; None where there are no streams
+    filled: Any  # the event recorded when it was filled, and its stream; None where there are no streams
 
 
 class DeviceCache:

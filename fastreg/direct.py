@@ -6,7 +6,7 @@ What they promise, as PyTorch's own DDP and FSDP rely on it:
   f queues itself runs after all that the pass has queued before.
 - `torch._C._will_engine_execute_node(node)` tells whether the running pass will execute a node, and raises RuntimeError
   under torch.autograd.grad, which wants the gradients for itself.
-- An AccumulateGrad node that only the graph holds has `_UNSHARED` references; whoever hooks one has to hold it.
+- An AccumulateGrad node that only the graph holds has `_UNSHARED` references; its hooks get None (docs/threads.md).
 
 Where one of them is missing, gradients are returned to autograd: slower, and the same numbers.
 """
@@ -32,7 +32,7 @@ _HOOKS, _POST_HOOKS, _GRAD_DTYPE = map(
 
 
 def apply(function: Any, *inputs: Any) -> Any:
-    """`function.apply(*inputs)`, without what torch.func needs of it at the price of a Python loop over the inputs."""
+    """`function.apply(*inputs)` in C++; the one in Python loops over all inputs, for torch.func only."""
     return super(torch.autograd.Function, function).apply(*inputs)
 
 
@@ -48,7 +48,7 @@ def must_return_gradient(weights: Sequence[Tensor], is_sharded: bool) -> bool:
         torch.is_anomaly_enabled()
         or not _HAS_ENGINE_ENTRY_POINTS
         or bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
-        # A pass for each question takes half the time of asking each weight all of them.
+        # One pass in C for each attribute is twice as fast as one loop in Python over the weights.
         or not all(map(_IS_LEAF, weights))
         or any(map(_HOOKS, weights))
         or any(map(_POST_HOOKS, weights))
@@ -66,7 +66,7 @@ def may_write_gradient(node: Any, weights: Sequence[Tensor], is_sharded: bool) -
     if hooks:  # of others, who will see what the node returns
         return False
     nodes = [each for each, _ in node.next_functions[-len(weights) :]]
-    # Whoever holds an AccumulateGrad node does so to hook it, and asking all of them for their hooks takes too long.
+    # Whoever holds an AccumulateGrad node does so to hook it; to ask all of them for their hooks takes too long.
     if None in nodes or max(map(sys.getrefcount, nodes)) > _UNSHARED:
         return False
     try:

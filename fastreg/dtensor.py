@@ -27,7 +27,7 @@ def hides_dtensor(tensor: Tensor) -> bool:
     return is_dtensor(tensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, in its own memory; a plain tensor itself."""
     if not is_dtensor(tensor):
         return tensor
@@ -36,9 +36,9 @@ def local(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
 
 
-def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def local_shards(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """`local` of each."""
-    return [local(t) for t in tensors] if any_dtensor(tensors) else tensors
+    return [local_shard(t) for t in tensors] if any_dtensor(tensors) else tensors
 
 
 def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
@@ -78,8 +78,7 @@ def dtensor_problem(tensor: Tensor) -> str | None:
 def gathered_by_fsdp(modules: Iterable[nn.Module]) -> set[int]:
     """The ids of parameters that FSDP2 shows in place of its sharded ones between forward and backward.
 
-    Their gradients may come too late for it. FSDP2 has no public way of asking: where these names are missing in some
-    version, none are found.
+    It has no public way of asking: where these names are missing in some version, none are found.
     """
     if "torch.distributed.fsdp" not in sys.modules:
         return set()

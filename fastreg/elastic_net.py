@@ -34,8 +34,17 @@ class ElasticNet:
 
     # No other attributes: a misspelt `reg.lambda1 = 0.1` would be no strength.
     __slots__ = (
-        "__weakref__", "_attachment", "_buffers", "_filters", "_impl", "_params", "_published", "_selection",
-        "_strengths", "_work", "last",
+        "__weakref__",
+        "_attachment",
+        "_buffers",
+        "_filters",
+        "_for_compilers",
+        "_impl",
+        "_params",
+        "_selection",
+        "_strengths",
+        "_work",
+        "last",
     )  # fmt: skip
 
     def __init__(
@@ -59,8 +68,8 @@ class ElasticNet:
         self._attachment: Attachment | None = None
         self.last: Penalty | None = None
         self._buffers: list[Tensor] = []
-        self._published: list[Tensor] | None = None
-        self._publish_strengths()
+        self._for_compilers: list[Tensor] | None = None
+        self._store_for_compilers()
 
     @classmethod
     def from_alpha(cls, params: Any, alpha: float, l1_ratio: float, **keywords: Any) -> "ElasticNet":
@@ -124,8 +133,8 @@ class ElasticNet:
         The loss then goes without: nothing of the penalty passes through backward.
 
         Args:
-            optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones,
-                and GradScaler, are provided for. Of a wrapper such as Accelerate's it is the optimizer within.
+            optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones
+                and GradScaler are supported. Of a wrapper such as Accelerate's the optimizer inside is used.
             mode: "grad" adds the gradient right before the step, after any clipping, which therefore does not see it.
                 "prox" shrinks the weights right after the step, each by the learning rate of its param group: exactly
                 the proximal gradient method for plain SGD; momentum and Adam make larger steps than lr.
@@ -144,61 +153,66 @@ class ElasticNet:
         """
         if self._attachment is not None and self._attachment.is_active:
             raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
-        self._attachment = Attachment(optimizer, mode, self._current, self._publish)
+        self._attachment = Attachment(optimizer, mode, self._current, self._record_last)
         return self._attachment
 
-    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+    def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         # Optimizers leave their hooks behind when they are copied or pickled, and so does this.
-        kept = {name: getattr(self, name) for name in self.__slots__ if name != "__weakref__"}
-        return None, {**kept, "_attachment": None, "_work": None}
+        names = [n for cls in type(self).__mro__ for n in getattr(cls, "__slots__", ()) if hasattr(self, n)]
+        kept: dict[str, Any] = {name: getattr(self, name) for name in names if name != "__weakref__"}
+        kept |= {"_attachment": None, "_work": None, "_strengths": [*self._strengths], "_buffers": []}
+        return getattr(self, "__dict__", None), kept
+
+    def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
+        for name, value in {**(state[0] or {}), **state[1]}.items():
+            setattr(self, name, value)
+        self._store_for_compilers()  # in buffers of its own
 
     def __repr__(self) -> str:
         weights = self._selection.weights
         n_elements = sum(w.numel() for w in weights)
-        return f"ElasticNet({len(weights)} tensors, {n_elements} weights, l1={self.l1}, l2={self.l2})"
+        l1, l2 = ("tensor" if isinstance(s, Tensor) else s for s in self._strengths)
+        return f"ElasticNet({len(weights)} tensors, {n_elements} weights, l1={l1}, l2={l2})"
 
-    def _publish(self, measured: Measure | None) -> None:
+    def _record_last(self, measured: Measure | None) -> None:
         self.last = _penalty(measured)
 
     def _current(self) -> Work:
         """The weights with their groups and strengths, as they are now."""
         if not self._selection.is_current():
             self._selection, self._work = Selection(self._params, *self._filters), None
-        # A compiler must not look at the kept work, in which strengths are constants.
+        # Not under torch.compile: the kept work holds floats, which would be compiled in as constants.
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling and self._work is not None:
             return self._work
         l1, l2 = self.l1, self.l2
         work = self._selection.work(l1, l2, self._impl)
-        if not is_compiling and self._selection.makes_constants(l1, l2):
+        if not is_compiling and self._selection.work_can_be_kept(l1, l2):
             self._work = work
         return work
 
     def _assign(self, which: int, strength: Strength) -> None:
         self._strengths[which] = strength
         self._work = None
-        self._publish_strengths()
+        self._store_for_compilers()
 
-    def _publish_strengths(self) -> None:
-        """Leaves both strengths as tensors for compiled code, in which nothing then depends on their values.
-
-        The tensor of a float is written in place from then on, so that a CUDA graph of compiled code follows.
-        """
+    def _store_for_compilers(self) -> None:
+        """Leaves both strengths as tensors for compiled code: for floats in buffers that are written in place."""
         if torch.compiler.is_compiling():
-            self._published = None  # assigned by the very code that is compiled, which knows the value
+            self._for_compilers = None  # assigned by the very code that is compiled, which knows the value
             return
         if not self._buffers:
             device = self._selection.weights[0].device
             with torch.inference_mode(False):
                 self._buffers = [torch.zeros((), dtype=accumulate_dtype(device), device=device) for _ in range(2)]
         pairs = list(zip(self._strengths, self._buffers, strict=True))
-        self._published = [s if isinstance(s, Tensor) else buffer.fill_(s) for s, buffer in pairs]
+        self._for_compilers = [s if isinstance(s, Tensor) else buffer.fill_(s) for s, buffer in pairs]
 
     def _strength(self, which: int) -> Strength:
         """l1 or l2; for a compiler without a look at a float, which it would take for a constant."""
-        if self._published is None or not torch.compiler.is_compiling():
+        if self._for_compilers is None or not torch.compiler.is_compiling():
             return self._strengths[which]
-        return self._published[which].to(self._selection.weights[0].device)
+        return self._for_compilers[which].to(self._selection.weights[0].device)
 
 
 def _penalty(measured: Measure | None) -> Penalty:

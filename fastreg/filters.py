@@ -5,7 +5,6 @@ import inspect
 import itertools
 import operator
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.collect import Candidate
+from fastreg.kinds import warn_user
 
 Predicate: TypeAlias = Callable[[str, Tensor], bool]
 Modules: TypeAlias = Sequence[nn.Module]
@@ -38,9 +38,9 @@ def filtered(
     if include is not None and not any(included):
         raise ValueError(f"nothing selected: {_nothing_matched('include', include, candidates, trainable)}")
     excluded = _matches(exclude, False, candidates, modules)
-    # A rule that holds for every model may find nothing in this one; a name or a class that does is a mistake.
+    # `bias_and_norm` is a rule for every model, and may find nothing in this one; all else is likely a mistake.
     if exclude not in (None, bias_and_norm) and not any(excluded) and not torch.compiler.is_compiling():
-        warnings.warn(_nothing_matched("exclude", exclude, candidates, trainable), stacklevel=2)
+        warn_user(_nothing_matched("exclude", exclude, candidates, trainable))
     chosen = list(itertools.compress(candidates, map(operator.gt, included, excluded)))
     if not chosen:
         raise ValueError(
@@ -60,15 +60,20 @@ def _matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate],
 def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
     classes = pattern if isinstance(pattern, tuple) else (pattern,)
     if classes and all(isinstance(c, type) and issubclass(c, nn.Module) for c in classes):
+        if not modules:
+            raise ValueError(
+                f"{which} selects by the module that owns a parameter, but params holds no module; pass it"
+            )
         owners = [m for m in modules if isinstance(m, classes)]
         owned = dict.fromkeys(p for m in owners for p in m._parameters.values())  # by identity, as tensors are hashed
         return lambda name, param: param in owned
-    if isinstance(pattern, nn.Module) or not (isinstance(pattern, (str, re.Pattern)) or callable(pattern)):
+    is_pattern = isinstance(pattern, str) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str))
+    if not is_pattern and (isinstance(pattern, (nn.Module, type)) or not callable(pattern)):
         raise TypeError(
-            f"{which} must be a regular expression, a callable (name, param) -> bool, or a module class or tuple of "
-            f"them, got {type(pattern).__name__}"
+            f"{which} must be a regular expression, a callable (name, param) -> bool, a class of modules or a tuple of "
+            f"such classes, got {pattern!r}"
         )
-    if callable(pattern):
+    if not is_pattern:
         try:
             if not torch.compiler.is_compiling():
                 inspect.signature(pattern).bind("", None)

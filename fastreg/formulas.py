@@ -19,7 +19,7 @@ class Mode(enum.Enum):
 
     VALUE = "value"  # nothing
     GRADIENT = "gradient"  # writes the gradient
-    RESCALE = "rescale"  # writes the gradient over the one for scale 1; leaves that where the scale is 1
+    RESCALE = "rescale"  # `grads` hold the gradient for scale 1: writes it anew, or leaves it if the scale is 1
     ACCUMULATE = "accumulate"  # adds the gradient to .grad in place
     PROX = "prox"  # replaces w by its proximal step
 
@@ -115,7 +115,7 @@ def update(
             grads[i].copy_(gradient(w, l1, l2))
 
 
-def measure(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
+def weighted_terms(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
     """The weighted terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
     l1_term, l2_term = (strengths.l1 * sums[:, 0]).sum(), (strengths.l2 * sums[:, 1]).sum()
     return Measure(Penalty((l1_term + l2_term).to(dtype), l1_term.to(dtype), l2_term.to(dtype)), sums)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.dtensor import as_dtensors, as_placed, is_dtensor, local, local_parts
-from fastreg.formulas import Measure, Mode, measure
+from fastreg.dtensor import as_dtensors, as_placed, is_dtensor, local_shard, local_shards
+from fastreg.formulas import Measure, Mode, weighted_terms
 from fastreg.layout import find_layout
 from fastreg.local import is_dense, local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths, per_group
@@ -45,7 +45,7 @@ def apply_prox(
     inference tensor outside inference mode.
     """
     weights = work.weights
-    parts = local_parts(weights) if work.is_sharded else weights
+    parts = local_shards(weights) if work.is_sharded else weights
     is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
     if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
         for name, w in zip(work.names, parts, strict=True):
@@ -56,7 +56,7 @@ def apply_prox(
         step = per_group(steps[:1], device, "lr")
         found = run(work, Mode.PROX, scale=Scale(step, step), with_value=with_value)
     else:
-        # Groups that differ in strength or step, with strengths that carry the step.
+        # One group for each pair of strength group and step, with strengths multiplied by the step.
         pairs = list(zip(work.groups, step_groups, strict=True))
         numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         plain = [work.strengths.of_group(group) for group, _ in numbers]
@@ -65,7 +65,7 @@ def apply_prox(
         refined = work._replace(groups=fine, n_groups=len(numbers), strengths=_columns(scaled, device))
         found = run(refined, Mode.PROX, with_value=with_value)
         if found is not None:
-            found = measure(found.sums, _columns(plain, device), found.penalty.total.dtype)
+            found = weighted_terms(found.sums, _columns(plain, device), found.penalty.total.dtype)
     _mark_changed(work, weights)
     return found
 
@@ -80,7 +80,7 @@ def _mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
         return
     torch.autograd.graph.increment_version(tensors)
     if work.is_sharded:
-        torch.autograd.graph.increment_version([local(t) for t in tensors if is_dtensor(t)])
+        torch.autograd.graph.increment_version([local_shard(t) for t in tensors if is_dtensor(t)])
 
 
 def _usable_gradient(weight: Tensor, name: str) -> Tensor:
@@ -88,8 +88,8 @@ def _usable_gradient(weight: Tensor, name: str) -> Tensor:
     if not is_dtensor(weight):
         return _usable_part(weight.grad, weight, name)
     grad = None if weight.grad is None else as_placed(weight.grad, weight)
-    part = None if grad is None else local(grad)
-    usable = _usable_part(part, local(weight), name)
+    part = None if grad is None else local_shard(grad)
+    usable = _usable_part(part, local_shard(weight), name)
     return grad if grad is not None and usable is part else as_dtensors([usable], [weight])[0]
 
 
@@ -97,8 +97,9 @@ def _usable_part(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
     if grad is None:
         # The strides that autograd would give it (its layout contract, in accumulate_grad.h).
         layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
-        # -0.0, to which anything added is itself, its sign of zero included.
-        return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
+        # -0.0 + x is exactly x, also for x = -0.0. Backward passes outside of inference mode will add to it, too.
+        with torch.inference_mode(False):
+            return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
     what = f"the .grad of parameter {name!r}"
     if grad.dtype != weight.dtype or grad.device != weight.device:
         raise TypeError(
@@ -119,10 +120,6 @@ def _check_writable(tensor: Tensor, what: str) -> None:
     """Raises where `tensor`, called `what`, cannot be changed in place."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{what} is expanded: its elements share memory; pass the tensor it views, or a clone()")
-    if _is_inference(tensor) and not torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{what} was made in inference mode, and can be changed only there")
-
-
-def _is_inference(tensor: Tensor) -> bool:
     # A compiler that traces this has no such tensors, and cannot ask.
-    return not torch.compiler.is_compiling() and tensor.is_inference()
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{what} was made in inference mode, and can be changed only there")

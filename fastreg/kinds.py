@@ -1,11 +1,13 @@
-"""Which tensors can have a penalty here."""
+"""Which tensors can have a penalty here, and warnings that name the user's line."""
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastreg.dtensor import dtensor_problem, is_dtensor, local
+from fastreg.dtensor import dtensor_problem, is_dtensor, local_shard
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,7 +18,7 @@ def check_kinds(names: Sequence[str], weights: Sequence[Tensor]) -> None:
         problem = _problem(weight)
         if problem is None and is_dtensor(weight):
             # What the ranks agree on: they all raise, or none does.
-            problem = dtensor_problem(weight) or _problem(local(weight))
+            problem = dtensor_problem(weight) or _problem(local_shard(weight))
         if problem is not None:
             raise TypeError(f"parameter {name!r} {problem}")
 
@@ -36,3 +38,11 @@ def _problem(tensor: Tensor) -> str | None:
     if wraps_others and not is_dtensor(tensor) and not torch.compiler.is_compiling():
         return f"is a {type(tensor).__name__}, a tensor subclass whose memory cannot be read; exclude it"
     return None
+
+
+def warn_user(message: str) -> None:
+    """A UserWarning of the line outside of fastreg that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").startswith("fastreg."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)

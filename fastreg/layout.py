@@ -19,23 +19,20 @@ MOST_KEYS = 64
 # For each key: guards differ under autocast and in inference mode, and one list of weights may be grouped in two ways.
 MOST_PER_KEY = 4
 
-
 try:
     _TensorGuards: Any = torch._C._dynamo.guards.TensorGuards
 except AttributeError:  # nothing is then found again: slower, and the same numbers
     _TensorGuards = None
 
 
-class Snapshot:
-    """Kind, dtype, device, shape, strides and requires_grad of a list of tensors, none of which it keeps alive."""
+def snapshot(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Tells of as many tensors whether kind, dtype, device, shape, strides and requires_grad are still those of these.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        guards = _TensorGuards and _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self._check = guards.check if guards else None
-
-    def matches(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether all of these are the same for `tensors`, as many as there were."""
-        return self._check is not None and self._check(*tensors)
+    It keeps none of them alive.
+    """
+    if _TensorGuards is None:
+        return lambda *others: False
+    return _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check  # type: ignore[no-any-return]
 
 
 class Part:
@@ -64,10 +61,10 @@ class Layout:
     def __init__(self, weights: Sequence[Tensor], groups: Sequence[int]) -> None:
         self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
-        self._groups = list(groups)
-        self.memory = [self.addresses, self._groups, [(w.dtype, w.device, w.numel()) for w in weights]]
-        self._weights = Snapshot(weights)
-        self.grads: Snapshot | None = None  # of gradients that may be written to as they are
+        self.groups = list(groups)
+        self.identity = [self.addresses, self.groups, [(w.dtype, w.device, w.numel()) for w in weights]]
+        self.is_like = snapshot(weights)
+        self._is_like_grads: Callable[..., bool] | None = None
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
         for position, (weight, address, group) in enumerate(zip(weights, self.addresses, groups, strict=True)):
             parts = by_device.setdefault(weight.device, {})
@@ -78,29 +75,29 @@ class Layout:
             part.groups.append(group)
         self.parts = {device: list(parts.values()) for device, parts in by_device.items()}
 
-    def matches(self, weights: Sequence[Tensor], addresses: list[int], groups: Sequence[int]) -> bool:
-        """Whether this is the layout of `weights`, which lie at `addresses`."""
-        return self.addresses == addresses and self._groups == list(groups) and self._weights.matches(weights)
-
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
-        return self.grads is not None and self.grads.matches(grads)
+        return self._is_like_grads is not None and self._is_like_grads(*grads)
+
+    def remember(self, grads: Sequence[Tensor]) -> None:
+        """Accepts such gradients at the next call: they may be written to as they are."""
+        self._is_like_grads = snapshot(grads)
 
 
 _LAYOUTS: dict[tuple[int, int], tuple[Layout, ...]] = {}
 _STORING = threading.Lock()
 
 
-def find_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout | None:
+def find_layout(weights: Sequence[Tensor], groups: list[int]) -> Layout | None:
     """The cached layout, or None if an address, shape, stride, dtype, device, kind or group changed."""
     addresses = list(map(Tensor.data_ptr, weights))
     for layout in _LAYOUTS.get((addresses[0], len(addresses)), ()):
-        if layout.matches(weights, addresses, groups):
+        if layout.addresses == addresses and layout.groups == groups and layout.is_like(*weights):
             return layout
     return None
 
 
-def store_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout:
+def store_layout(weights: Sequence[Tensor], groups: list[int]) -> Layout:
     """The layout of dense `weights`, cached for the next call."""
     layout = Layout(weights, groups)
     key = layout.addresses[0], len(layout.addresses)
@@ -109,7 +106,7 @@ def store_layout(weights: Sequence[Tensor], groups: Sequence[int]) -> Layout:
             del _LAYOUTS[next(iter(_LAYOUTS))]
         others = _LAYOUTS.get(key, ())
         for other in others:  # of the same memory, as under autocast: what was prepared for it serves here
-            if other.memory == layout.memory:
+            if other.identity == layout.identity:
                 layout.parts = other.parts
         _LAYOUTS[key] = (layout, *others)[:MOST_PER_KEY]
     return layout

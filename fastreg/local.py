@@ -1,5 +1,6 @@
 """A sweep over weights in this process's memory: their layout, copies where memory has gaps, and Triton or PyTorch."""
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastreg.blocks import block_sweep
-from fastreg.formulas import Measure, Mode, measure
+from fastreg.formulas import Measure, Mode, weighted_terms
 from fastreg.kinds import check_kinds
-from fastreg.layout import Snapshot, find_layout, store_layout
+from fastreg.layout import find_layout, store_layout
 from fastreg.strengths import UNSCALED, Scale
 from fastreg.work import Grads, Work
 
@@ -35,12 +36,14 @@ def local_sweep(
         layout = find_layout(work.weights, work.groups)
         if layout is None:
             check_kinds(work.names, work.weights)
-            dense = work._replace(weights=[as_dense(w) for w in work.weights])
+            copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+            weights = [w if is_dense(w) and not _is_lazy(w) else copy(w) for w in work.weights]
+            dense = work._replace(weights=weights)
             layout = find_layout(dense.weights, work.groups) or store_layout(dense.weights, work.groups)
         if grads is not None and not layout.accepts(grads):
             staged = [_stage(g, w, mode) for g, w in zip(grads, dense.weights, strict=True)]
             if all(map(operator.is_, staged, grads)):
-                layout.grads = Snapshot(grads)
+                layout.remember(grads)
     # All decided before the first write, so that an error leaves everything as it was.
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     dtype = layout.value_dtype if with_value else None
@@ -61,7 +64,7 @@ def local_sweep(
     # From the float64 sums of all devices, so that nothing is rounded twice.
     first = next(iter(layout.parts))
     sums = torch.stack([m.sums.to(first) for m in measures if m is not None]).sum(0)
-    return measure(sums, work.strengths.on(first), dtype)
+    return weighted_terms(sums, work.strengths.on(first), dtype)
 
 
 def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure | None]:
@@ -94,13 +97,6 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def as_dense(tensor: Tensor) -> Tensor:
-    """`tensor` itself where its memory is dense and holds its values, else a copy of which that is true."""
-    if _is_lazy(tensor):
-        return tensor.clone()
-    return tensor if is_dense(tensor) else tensor.contiguous()
 
 
 def _is_lazy(tensor: Tensor) -> bool:

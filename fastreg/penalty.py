@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastreg.autograd import penalty_of
-from fastreg.dtensor import local_parts
+from fastreg.dtensor import local_shards
 from fastreg.filters import Filter
 from fastreg.formulas import Penalty
 from fastreg.inplace import add_gradient, apply_prox
@@ -157,7 +157,6 @@ def elastic_prox_(
         apply_prox(work, [check_strength(lr, "lr")])
 
 
-@torch.no_grad()
 def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> Tensor:
     """The fraction of weights that are exactly zero: a 0-dim float32 tensor on the first weight's device.
 
@@ -168,7 +167,7 @@ def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> 
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")
     device = weights[0].device
-    with torch._C.DisableTorchFunctionSubclass():
-        counts = [torch.count_nonzero(part).to(device) for part in local_parts(weights)]
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        counts = [torch.count_nonzero(part).to(device) for part in local_shards(weights)]
         ownership = Ownership(weights, all_reduce=True)
         return ((total - ownership.total(counts, ownership.mesh_index)).double() / total).float()

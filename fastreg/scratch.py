@@ -61,11 +61,8 @@ _KEPT = _Kept()
 
 
 def take_memory(device: torch.device, reserve: int) -> Memory:
-    """This thread's memory, for the caller alone until `give_back`; new memory costs a page fault each 4 KiB.
-
-    A sweep in the middle of another one, in a signal handler for instance, finds none, and gets memory of its own.
-    """
-    if device.type != "cpu" or is_watched():
+    """This thread's memory, kept to save page faults; a sweep that interrupts one before `give_back` gets another."""
+    if device.type != "cpu" or is_under_a_mode():
         return Memory(device)
     memory, _KEPT.memory = _KEPT.memory, None
     return Memory(device, reserve) if memory is None else memory
@@ -77,6 +74,6 @@ def give_back(memory: Memory) -> None:
         _KEPT.memory = memory
 
 
-def is_watched() -> bool:
-    """Whether modes or transforms look on, which record operators or put tensors of their own in place of others."""
+def is_under_a_mode() -> bool:
+    """Whether a TorchDispatchMode or a torch.func transform is active, which must not meet kept tensors."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None

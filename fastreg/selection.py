@@ -24,12 +24,12 @@ class Selection:
     def __init__(self, params: Any, include: Filter, exclude: Filter) -> None:
         candidates, own_strengths, modules = collect(params)
         # What is in each module, to notice when that changes.
-        self._contents: list[dict[str, Any]] = [
+        self._module_dicts: list[dict[str, Any]] = [
             contained for module in modules for contained in (module._parameters, module._modules)
         ]
-        self._lengths = list(map(len, self._contents))
-        self._filled = [contained for contained in self._contents if contained]
-        self._contained = list(chain.from_iterable([contained.values() for contained in self._filled]))
+        self._dict_sizes = list(map(len, self._module_dicts))
+        self._filled_dicts = [contained for contained in self._module_dicts if contained]
+        self._dict_values = list(chain.from_iterable([contained.values() for contained in self._filled_dicts]))
         self._tensors = [c.tensor for c in candidates]
         self._requires_grad = [t.requires_grad for t in self._tensors]
         self._types = list(map(type, self._tensors))
@@ -49,16 +49,16 @@ class Selection:
 
     def is_current(self) -> bool:
         """Whether no weight was frozen, thawed or replaced since, and no module."""
-        # Hundreds of modules, asked at every call: a loop in Python for each question at most.
-        contained = chain.from_iterable([contained.values() for contained in self._filled])
+        # This runs at every call, over hundreds of modules: each question is one pass.
+        contained = chain.from_iterable([contained.values() for contained in self._filled_dicts])
         return (
             [t.requires_grad for t in self._tensors] == self._requires_grad
             and list(map(type, self._tensors)) == self._types
-            and list(map(len, self._contents)) == self._lengths
-            and all(map(operator.is_, contained, self._contained))
+            and list(map(len, self._module_dicts)) == self._dict_sizes
+            and all(map(operator.is_, contained, self._dict_values))
         )
 
-    def makes_constants(self, l1: Strength, l2: Strength) -> bool:
+    def work_can_be_kept(self, l1: Strength, l2: Strength) -> bool:
         """Whether `work` may be kept: its strengths are then not new tensors made of those that were passed."""
         strengths = [l1, l2, *chain.from_iterable(self._own_strengths)]
         return len(self._own_strengths) == 1 or not any(isinstance(s, torch.Tensor) for s in strengths)

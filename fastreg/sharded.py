@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastreg.dtensor import is_dtensor, local_parts
-from fastreg.formulas import Measure, Mode, measure, value_dtype
+from fastreg.dtensor import is_dtensor, local_shards
+from fastreg.formulas import Measure, Mode, value_dtype, weighted_terms
 from fastreg.local import local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strengths, per_group
 from fastreg.work import Grads, Work
@@ -78,8 +78,8 @@ def sharded_sweep(
 
     Gradients are DTensors with the placements of their weights.
     """
-    parts = work._replace(weights=local_parts(work.weights))
-    local_grads = None if grads is None else local_parts(grads)
+    parts = work._replace(weights=local_shards(work.weights))
+    local_grads = None if grads is None else local_shards(grads)
     if not with_value:
         return local_sweep(parts, mode, scale=scale, grads=local_grads, with_value=False)
     ownership = Ownership(work.weights, work.all_reduce)
@@ -101,7 +101,7 @@ def sharded_sweep(
         rows.append(torch.zeros((work.n_groups, 2), dtype=row.dtype, device=row.device))
         rows[-1][group] = row
     sums = ownership.total(rows, [index for _, index in numbers])
-    return measure(sums, work.strengths, value_dtype([w.dtype for w in work.weights]))
+    return weighted_terms(sums, work.strengths, value_dtype([w.dtype for w in work.weights]))
 
 
 def _sharded_dims(weight: Any) -> set[int]:
@@ -109,11 +109,9 @@ def _sharded_dims(weight: Any) -> set[int]:
 
 
 def _reduction(mesh: Any, sharded: set[int]) -> tuple[list[int], list[Any]]:
-    """The mesh dimensions to sum over, and the process groups that do it one after the other.
-
-    Where several dimensions are sharded of a mesh of all ranks, the default group sums over all of them at once. A
-    group just for those dimensions would have to be made, by ranks that may not all be here.
-    """
+    """The mesh dimensions to sum over, and the process groups that do it one after the other."""
+    # The default group sums over all dimensions of a mesh of all ranks at once; a group for some of them would have to
+    # be made first, by ranks that may not all be here.
     if len(sharded) > 1 and mesh.size() == dist.get_world_size():
         return list(range(mesh.ndim)), [dist.group.WORLD]
     return sorted(sharded), [mesh.get_group(dim) for dim in sorted(sharded)]

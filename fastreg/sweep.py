@@ -16,7 +16,7 @@ def sweep_for(work: Work) -> Callable[..., Measure | None]:
 
     traced_sweep: a compiler or a torch.func transform has to see what is computed.
     sharded_sweep: there are DTensors, of which each rank visits its own shards.
-    local_sweep: all else; the other two end there as well, but for what is traced as expressions.
+    local_sweep: everything else. The other two call it in the end, unless they are traced as plain expressions.
     """
     if torch.compiler.is_compiling() or is_transformed():
         return traced_sweep

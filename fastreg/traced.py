@@ -18,8 +18,7 @@ from fastreg.local import backend_for, local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 from fastreg.work import Grads, Work
 
-# mode="reduce-overhead" would let tables that outlive a call be allocated in memory that it takes back. Graphs that are
-# captured by hand do not.
+# mode="reduce-overhead" would have tables that outlive a call allocated in memory that it takes back.
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
@@ -55,7 +54,7 @@ def traced_sweep(
             sums = add_gradient_(list(grads or ()), weights, groups, l1, l2, with_value, work.impl)
     if sums is None or not with_value:
         return None
-    return formulas.measure(sums, work.strengths, value_dtype([w.dtype for w in weights]))
+    return formulas.weighted_terms(sums, work.strengths, value_dtype([w.dtype for w in weights]))
 
 
 def _scaled(work: Work, scale: Scale) -> tuple[Tensor, Tensor]:

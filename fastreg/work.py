@@ -15,7 +15,7 @@ class Work(NamedTuple):
 
     names: Sequence[str]
     weights: Sequence[Tensor]
-    groups: Sequence[int]  # the strength group of each weight
+    groups: list[int]  # the strength group of each weight
     n_groups: int
     strengths: Strengths
     impl: str | None  # "triton", "torch", or None for the best there is

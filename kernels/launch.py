@@ -59,10 +59,7 @@ class PointerTables:
         return self.cache.get("weights", self._build)
 
     def of_gradients(self, grads: Sequence[Tensor]) -> tuple[int, Tensor]:
-        """A base address, and int64 [n_tensors] byte offsets from it.
-
-        The same table serves gradients that moved as a whole.
-        """
+        """A base address, and int64 [n_tensors] byte offsets from it, which outlive a common move."""
         addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, self._part.positions)))
         base = addresses[0]
         offsets = tuple(map(operator.sub, addresses, itertools.repeat(base)))
@@ -102,6 +99,7 @@ def kernel_sweep(
     n_chunks = sum([table.n_chunks for table in tables])
     factors = *work.strengths, *scale
     l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = [s if isinstance(s, Tensor) else None for s in factors]
+    # A tensor is read through its pointer, and multiplied by a float of 1.
     l1, l2, factor_l1, factor_l2 = [1.0 if isinstance(s, Tensor) else s for s in factors]
     partials = None if value_dtype is None else torch.empty((n_chunks, 2), dtype=torch.float64, device=device)
     first_partial = 0
@@ -123,7 +121,7 @@ def kernel_sweep(
             grad_base=grad_base,
             blocks_per_chunk=table.blocks_per_chunk,
             DTYPE=_TRITON_DTYPES[part.dtype],
-            MODE=mode._value_,  # `value` is a property in Python
+            MODE=mode._value_,  # `mode.value` is a slower property
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )

@@ -267,3 +267,19 @@ def test_planning_takes_no_longer_per_tensor_for_many() -> None:
         return counted
 
     assert calls(2000) < 2.2 * calls(1000)
+
+
+def test_views_of_kept_memory_are_made_once() -> None:
+    def twice() -> None:
+        weights = [leaf(torch.randn(n)) for n in (700, 3)]
+        fastreg.add_elastic_grad_(weights, L1, L2)
+        memory = scratch._KEPT.memory
+        assert memory is not None
+        before = dict(memory._views)
+        assert before
+        fastreg.add_elastic_grad_(weights, L1, L2)
+        assert scratch._KEPT.memory is memory
+        assert memory._views.keys() == before.keys()
+        assert all(memory._views[key] is view for key, view in before.items())
+
+    in_a_thread(twice)

@@ -89,3 +89,13 @@ def test_activation_checkpointing_under_autocast(use_reentrant: bool, path: Path
     assert [total.item(), x.grad.item()] == pytest.approx([expected] * 2, rel=1e-6)
     for w in weights:
         assert oracle.ulp_distance(w.grad, oracle.gradient(w, L1, L2)) <= 1
+
+
+def test_gradients_made_in_inference_mode_serve_training(path: Path) -> None:
+    impl, device = path
+    w = torch.ones(3, device=device, requires_grad=True)
+    with torch.inference_mode():
+        fastreg.add_elastic_grad_(w, 0.5, impl=impl)
+    (2 * w).sum().backward()
+    assert w.grad is not None
+    assert w.grad.tolist() == [2.5, 2.5, 2.5]

@@ -1,5 +1,7 @@
 """include, exclude, names and group keys: what they match, and what is said where they match nothing."""
 
+import copy
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -90,7 +92,9 @@ def test_predicates_of_other_arguments_are_refused(which: str, predicate: Callab
         fastreg.elastic_penalty(model(), 1.0, **{which: predicate})
 
 
-@pytest.mark.parametrize("pattern", [nn.Linear(2, 2), (), (nn.Linear, "bias"), (int,), 3, ["bias"]], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [nn.Linear(2, 2), (), (nn.Linear, "bias"), (int,), str, nn.Parameter, re.compile(b"x"), 3], ids=str
+)
 def test_other_filters_are_refused(pattern: Any) -> None:
     with pytest.raises(TypeError, match="include must be a regular expression, a callable"):
         fastreg.elastic_penalty(model(), 1.0, include=pattern)
@@ -135,7 +139,7 @@ def test_names_are_those_of_the_users_model() -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        *[(key, "l1") for key in ("L1", "l_1", "lambda1", "lambda_1", "l1_lambda", "reg1", "L1_strength")],
+        *[(key, "l1") for key in ("L1", "l_1", "lambda1", "lambda_1", "l1_lambda", "reg1", "L1_strength", "reg_l1")],
         *[(key, "l2") for key in ("L2", "lambda2", "l2_reg")],
         *[(key, "params") for key in ("parameters", "param", "Params", "PARAMS", "prams", "parameter")],
     ],
@@ -146,6 +150,48 @@ def test_misspelt_group_keys_are_refused(key: str, meant: str) -> None:
         group = {key: [torch.ones(2)]}
     with pytest.raises(ValueError, match=rf"groups\[0\] has a key '{key}', which means nothing here; write '{meant}'"):
         fastreg.elastic_penalty([group], 0.5)
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_filters_in_a_group_are_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"groups\[0\] has a key '{key}', which is an argument of the call"):
+        fastreg.elastic_penalty([{"params": model(), key: "bias"}], 0.5)
+
+
+def test_single_group_with_misspelt_params_is_a_group() -> None:
+    with pytest.raises(ValueError, match=r"groups\[0\] has a key 'parms', which means nothing here; write 'params'"):
+        fastreg.elastic_penalty({"parms": model().parameters(), "l1": 0.5}, 0.5)
+
+
+def test_mapping_of_named_parameters_may_have_one_called_params() -> None:
+    named = {"params": nn.Parameter(torch.ones(3)), "bias": nn.Parameter(torch.ones(4))}
+    assert float(fastreg.elastic_penalty(named, 1.0).detach()) == 7.0
+    learnt = nn.Parameter(torch.tensor(2.0))
+    assert float(fastreg.elastic_penalty({"params": named["params"], "l1": learnt}, 1.0).detach()) == 6.0
+
+
+def test_warning_names_the_line_of_the_caller() -> None:
+    net = model()
+    for call in (
+        lambda: fastreg.elastic_penalty(net, 0.5, exclude="zzz"),
+        lambda: fastreg.add_elastic_grad_(net, 0.5, exclude="zzz"),
+        lambda: fastreg.ElasticNet(net, 0.5, exclude="zzz"),
+        lambda: fastreg.sparsity(net, exclude="zzz"),
+    ):
+        with pytest.warns(UserWarning, match="matches none of 7") as seen:
+            call()
+        assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize("which", ["include", "exclude"])
+def test_module_classes_need_a_module(which: str) -> None:
+    with pytest.raises(ValueError, match=f"{which} selects by the module that owns a parameter, but params holds no"):
+        fastreg.elastic_penalty(model().parameters(), 1.0, **{which: nn.Linear})
+
+
+def test_names_that_an_optimizer_keeps_are_used() -> None:
+    optimizer = torch.optim.SGD(model().named_parameters(), lr=0.1)
+    assert selected(optimizer.param_groups, include="head") == ["head.weight", "head.bias"]
 
 
 def test_keys_of_optimizers_are_ignored() -> None:
@@ -171,10 +217,40 @@ class WithAName(fastreg.ElasticNet):
     """Subclasses may have attributes."""
 
 
-def test_subclasses_may_have_attributes() -> None:
-    reg = WithAName(model(), 0.1)
+class WithASlot(fastreg.ElasticNet):
+    """In a slot, too."""
+
+    __slots__ = ("name",)
+
+
+@pytest.mark.parametrize("kind", [WithAName, WithASlot])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda reg: pickle.loads(pickle.dumps(reg))])
+def test_subclasses_may_have_attributes(kind: Any, duplicate: Any) -> None:
+    reg = kind(nn.Linear(3, 2), 0.1)
     reg.name = "mine"
-    assert reg.name == "mine"
+    twin = duplicate(reg)
+    assert twin.name == "mine"
+    assert torch.equal(twin(), reg())
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_copies_have_strengths_of_their_own(duplicate: Any) -> None:
+    reg = fastreg.ElasticNet(nn.Linear(3, 2), 1.0)
+    before = reg().detach()
+    twin = duplicate(reg)
+    twin.l1 = 5.0
+    assert (reg.l1, twin.l1) == (1.0, 5.0)
+    assert torch.equal(reg().detach(), before)
+    torch.testing.assert_close(twin().detach(), 5 * before)
+    # What compiled code reads.
+    assert [float(t) for t in reg._for_compilers or ()] == [1.0, 0.0]
+    assert [float(t) for t in twin._for_compilers or ()] == [5.0, 0.0]
+
+
+def test_repr_is_one_line() -> None:
+    assert repr(fastreg.ElasticNet(nn.Linear(3, 2), nn.Parameter(torch.ones(())), 0.5)) == (
+        "ElasticNet(2 tensors, 8 weights, l1=tensor, l2=0.5)"
+    )
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", 1, None])

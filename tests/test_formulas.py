@@ -46,7 +46,7 @@ def test_sweeps_against_expressions(path: Path, dtype: torch.dtype, mode: Mode) 
     for scale in scales[2:] if mode is Mode.RESCALE else scales:
         copies = [[w.clone() for w in weights] for _ in range(2)]
         grads = [[torch.full_like(w, 64.0) for w in weights] for _ in range(2)]
-        expected = formulas.measure(
+        expected = formulas.weighted_terms(
             formulas.sums_of_groups(weights, groups, GROUPS), strengths, formulas.value_dtype([dtype])
         )
         formulas.update(mode, copies[0], grads[0], groups, strengths, scale)
