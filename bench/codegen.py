@@ -59,8 +59,6 @@ CASES = [(v, d) for v in VARIANTS for d in DTYPES if d in ("fp32", "bf16") or no
 
 
 class Launch(NamedTuple):
-    """What the JIT was asked to compile."""
-
     function: Any  # triton.JITFunction
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -69,13 +67,11 @@ class Launch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was found in a compiled kernel; `loads` and `stores` are those of the loop over full blocks."""
-
     registers: int  # per thread
     scratch: int  # bytes of stack and local memory per thread, and registers spilled
     shared: int  # bytes per program
     atomics: int  # instructions, on any type
-    loads: Counter[int]  # how often each width in bytes occurs
+    loads: Counter[int]  # in the loop over full blocks, how often each width in bytes occurs
     stores: Counter[int]
 
 
@@ -102,9 +98,7 @@ def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
 
 
 def sweep_once(variant: Variant, weights: Sequence[torch.Tensor], strength: Strength, scale: Scale) -> object:
-    """The launcher's work for one sweep: the last of several weights is a strength group of its own."""
-    groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
-    return launch_kernels(weights, groups, variant.mode, strength, scale, variant.with_value)
+    return launch_kernels(weights, variant.mode, strength, scale, variant.with_value)
 
 
 def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[str, Launch]:
@@ -228,17 +222,15 @@ def table(target: str) -> Iterator[str]:
     yield "| kernel | variant | dtype | registers | scratch | shared | atomics | loads | stores | loop | per element |"
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |"
     elements = kernel_settings()["BLOCK"] // (TARGETS[target].warp_size * kernel_settings()["NUM_WARPS"])
-    finished = set()
+    seen = set()
     for variant, dtype in CASES:
-        kernels = compiled(variant, dtype, target)
-        report, length = inspect(kernels["_sweep_kernel"]), machine_loop(kernels["_sweep_kernel"]).total()
-        widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
-        rows = [["_sweep_kernel", variant, dtype, *report[:4], *widths, length, f"{length / elements:.1f}"]]
-        finish = kernels.get("_finish_kernel")
-        if finish is not None and finish.hash not in finished:
-            finished.add(finish.hash)
-            rows.append(["_finish_kernel", variant, dtype, *inspect(finish)[:4], "", "", "", ""])
-        yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
+        for name, kernel in compiled(variant, dtype, target).items():
+            if name == "_sweep_kernel" or kernel.hash not in seen:
+                seen.add(kernel.hash)
+                report, length = inspect(kernel), machine_loop(kernel).total()
+                widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
+                rest = [*widths, length, f"{length / elements:.1f}"] if name == "_sweep_kernel" else [""] * 4
+                yield f"| {' | '.join(map(str, (name, variant, dtype, *report[:4], *rest)))} |"
 
 
 def document() -> str:

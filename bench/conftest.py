@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bench import models, results
-from bench.harness import Call, Harness
+from bench.harness import Call, Harness, launches, peak_extra_bytes
+from bench.ledger import FLOOR_PASSES
 from bench.peers import COMPILED, Found, Weights
 
-# Passes over the weights that each task must make, reads and writes together, in fastreg's design; through backward,
-# one in the forward pass and three after it.
-PASSES = {"value": 1, "backward": 4, "add_grad": 3, "prox": 2}
+# Passes over the weights in fastreg's design; through backward one in the forward pass, and three after it.
+PASSES = FLOOR_PASSES | {"backward": 4}
 # Compiling hundreds of tensors for a CPU takes minutes per case: two models show what it comes to.
 COMPILED_ON_CPU = ("mnist_mlp", "resnet50")
 
@@ -87,15 +87,17 @@ class Session:
             copy = self.harness.copy_bandwidth()  # again for each case: other work on the machine changes it
             case |= {"bytes": moved, "bytes_per_second": moved / seconds, "share_of_copy": moved / seconds / copy}
             case["copy_bytes_per_second"] = copy
-        case |= self.harness.costs(call, count_launches=self.harness.on_gpu or method not in COMPILED)
+        countable = self.harness.on_gpu or method not in COMPILED
+        case["launches"] = launches(call, self.harness.device) if countable else None
+        case["peak_extra_bytes"] = peak_extra_bytes(call, self.harness.device)
+        case["host_seconds"] = self.harness.host_seconds(call)
         before()
         benchmark.extra_info.update(case)
         self._record(case, f"{seconds * 1e3:10.3f} ms, {case['ratio']['p50']:8.2f} x reference")
 
     def _record(self, case: results.Case, outcome: str) -> None:
         self.cases.append(case)
-        # Written after every case: a run that is cut short leaves what it found.
-        if folder := self._config.option.results:
+        if folder := self._config.option.results:  # after every case: a run that is cut short leaves what it found
             name = results.file_name(self._environment, self._dtype)
             results.write(folder / f"{name}.json", self._environment, self.cases)
         what = " ".join(dict.fromkeys((case["question"], case["task"])))

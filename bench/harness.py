@@ -1,5 +1,6 @@
 """One measurement: rounds of a call, each right after a round of what it is compared with."""
 
+import itertools
 import statistics
 import time
 import timeit
@@ -34,11 +35,6 @@ class CudaInstant:
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
-
-
-def ratios(times: Sequence[float], references: Sequence[float]) -> list[float]:
-    """Each round by the reference round that was run right before it: what slows both cancels."""
-    return [time / reference for time, reference in zip(times, references, strict=True)]
 
 
 class Harness:
@@ -95,17 +91,16 @@ class Harness:
             rounds = max(least, min(MOST_ROUNDS, int(SECONDS_PER_CASE / once)))
         benchmark.pedantic(call, setup=setup, rounds=rounds)
         times = benchmark.stats.stats.data
-        found = {"seconds": times, "reference_seconds": references, "ratio": ratios(times, references)}
+        # Each round by the reference round that was run right before it: what slows both cancels.
+        ratios = [time / reference for time, reference in zip(times, references, strict=True)]
+        found = {"seconds": times, "reference_seconds": references, "ratio": ratios}
         return {"rounds": rounds, **{name: quantiles(values) for name, values in found.items()}}
 
-    def costs(self, call: Call, count_launches: bool = True) -> dict[str, Any]:
-        """What `call` takes besides time on the device; None where that cannot be known."""
-        repeats = timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1) if self.on_gpu else None
-        return {
-            "launches": launches(call, self.device) if count_launches else None,
-            "peak_extra_bytes": peak_extra_bytes(call, self.device),
-            "host_seconds": repeats and statistics.median(repeats),  # until the call returns to a host that is idle
-        }
+    def host_seconds(self, call: Call) -> float | None:
+        """Until the call returns to a host that is idle; None without a GPU, where there is no difference."""
+        if not self.on_gpu:
+            return None
+        return statistics.median(timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1))
 
 
 def launches(call: Call, device: torch.device) -> int:
@@ -133,7 +128,5 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
         call()
     result: Any = profiler.profiler
     events = [e for e in result.kineto_results.events() if e.name() == "[memory]"]
-    held = [0]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held.append(held[-1] + event.nbytes())
-    return max(held)
+    changes = (event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))

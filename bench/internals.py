@@ -29,10 +29,9 @@ def one_sweep(weights: Sequence[Tensor], mode: Mode, l1: float, l2: float, impl:
         return local_sweep(Work(names, weights, [0] * len(weights), 1, Strengths(l1, l2), impl), mode, **keywords)
 
 
-def launch_kernels(
-    weights: Sequence[Tensor], groups: Sequence[int], mode: Mode, strength: Strength, scale: Scale, with_value: bool
-) -> object:
-    """The Triton launches of one sweep, on whatever device the weights are; they are their own gradients."""
+def launch_kernels(weights: Sequence[Tensor], mode: Mode, strength: Strength, scale: Scale, with_value: bool) -> object:
+    """The Triton launches of one sweep on any device. Weights are their own gradients, the last of several a group."""
+    groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
     grads = weights if mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None

@@ -1,6 +1,6 @@
 """Every way to regularise a model that is compared, and a check of what it computes, before any clock starts.
 
-A peer is a function of weights, l1 and l2. It returns what it can do by task, as callables without arguments:
+A peer is a function of weights, l1 and l2 that returns what it can do by task, as callables without arguments:
 
     penalty     returns the penalty as a graph; from it follow
         value       returns the penalty, without a graph
@@ -29,8 +29,7 @@ Tasks = dict[str, Callable[[], Any]]
 
 def ours(weights: Weights, l1: float, l2: float) -> Tasks:
     reg = fastreg.ElasticNet(list(weights), l1, l2)
-    value = torch.no_grad()(reg)
-    return {"penalty": reg, "value": value, "add_grad": lambda: reg.add_grad_().total, "prox": lambda: reg.prox_(LR)}
+    return {"penalty": reg, "add_grad": lambda: reg.add_grad_().total, "prox": lambda: reg.prox_(LR)}
 
 
 def cat(weights: Weights, l1: float, l2: float) -> Tasks:
@@ -50,7 +49,6 @@ def loop(weights: Weights, l1: float, l2: float) -> Tasks:
     @torch.no_grad()
     def add_grad() -> Tensor:
         for w in weights:
-            assert w.grad is not None
             w.grad.add_(w.sign(), alpha=l1).add_(w, alpha=2 * l2)
         return penalty()
 
@@ -128,14 +126,12 @@ def prepare(name: str, weights: Weights, l1: float, l2: float) -> Tasks:
 
 def methods(task: str, compiled: bool = True) -> list[str]:
     """The names of the peers that can do `task`, compiled forms last."""
-    one = [nn.Parameter(torch.ones(1))]
-    eager = [name for name in PEERS if task in prepare(name, one, 1.0, 1.0)]
+    eager = [name for name in PEERS if task in prepare(name, [nn.Parameter(torch.ones(1))], 1.0, 1.0)]
     return eager + [name for name, base in COMPILED.items() if compiled and base in eager]
 
 
-# How far a method may be from the truth and still be timed. These bounds tell a lossy method from a wrong one and are
-# not fastreg's own promises, which are a thousand times closer: float32 sums of many millions of weights, and results
-# rounded after every operation, are what users run today. The error found is recorded beside every figure.
+# How far a method may be from the truth and still be timed: a lossy method passes, as users run them today, a wrong one
+# does not. fastreg's own promises are a thousand times closer, and the error found is recorded beside every figure.
 # Errors of tensors are root mean squares, relative to the gradient's or to the change that a proximal step makes.
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCES = {
@@ -208,6 +204,5 @@ def zero_grads(weights: Weights) -> None:
 
 
 def _ratio(error: np.ndarray, reference: np.ndarray) -> float:
-    size = float(np.linalg.norm(reference))
-    # A tensor of zeros, as biases are at first, has to come out exactly.
+    size = float(np.linalg.norm(reference))  # 0 for biases at first, which have to come out exactly
     return float(np.linalg.norm(error)) / size if size else math.inf if error.any() else 0.0

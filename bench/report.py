@@ -42,9 +42,9 @@ COLOURS = {
     "foreach compiled": "#f2bd66",
 }
 MARKERS = {"fastreg": "o", "torch.cat": "s", "loop": "^", "foreach": "D"}
+Points = dict[str, list[tuple[float, float]]]  # x and y by method
 GREY: Any = {"color": "#777777", "linestyle": "--", "linewidth": 1}
 STYLE: Any = {
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -68,7 +68,7 @@ fastreg's scratch memory on a CPU, about 10 MB for each thread, is kept from the
 
 
 def report(found: Sequence[dict[str, Any]], images: Path) -> str:
-    """The document; figures are written to `images`, a folder beside it."""
+    """The document; its figures are written to `images`."""
     lines = ["# Benchmarks", "", "Written by `python -m bench.report` from the files in `bench/results/`.", HOW_TO_READ]
     if not _has_gpu(found):
         rows = [[model, *[NOT_MEASURED] * 4] for model in MODELS]
@@ -97,15 +97,21 @@ def _device(result: dict[str, Any], images: Path) -> Iterator[str]:
         if chosen := [c for c in cases.get(question, ()) if c["status"] == "measured"]:
             yield from ("", f"### {title}", "", *against_floor(chosen), "")
             for task in ("backward", "add_grad"):
-                file = images / f"{question}-{task}-{name}"
-                text = f"{title}: {QUESTIONS[task][0].lower()}{QUESTIONS[task][1:]}, {dtype}"
-                if asked := [c for c in chosen if c["task"] == task]:
-                    yield from _figure(file, text, text, source, plot_multiples, asked, x_label)
+                points: Points = {}
+                for c in sorted((c for c in chosen if c["task"] == task), key=lambda c: c["n_weights"]):
+                    points.setdefault(c["method"], []).append((int(c["label"]), c["ratio"]["p50"]))
+                if points:
+                    file = images / f"{question}-{task}-{name}"
+                    text = f"{title}: {QUESTIONS[task][0].lower()}{QUESTIONS[task][1:]}, {dtype}"
+                    names = x_label, "time, in multiples of the floor's"
+                    yield from _figure(file, text, text, source, plot_curves, points, (1, "floor"), *names, True)
             ours = [c for c in chosen if (c["task"], c["method"]) == ("add_grad", "fastreg")]
             if question == "size" and ours:
+                speeds = {"fastreg": sorted((c["n_weights"], c["bytes_per_second"] / 1e9) for c in ours)}
                 copy = sorted(c["copy_bytes_per_second"] / 1e9 for c in chosen)[len(chosen) // 2]
                 file, text = images / f"bandwidth-{name}", f"add_grad_ against size, {dtype}"
-                yield from _figure(file, text, text, source, plot_speeds, ours, copy, x_label)
+                data = speeds, (copy, "copy of a large tensor"), x_label, "GB/s", False
+                yield from _figure(file, text, text, source, plot_curves, *data)
     if chosen := cases.get("tensors"):
         yield from ("", "### Many small tensors and few large ones", "", *against_floor(chosen))
     if chosen := cases.get("step"):
@@ -136,7 +142,8 @@ def against_floor(cases: Sequence[Case]) -> list[str]:
     for task in tasks:
         for label in _unique(c["label"] for c in cases if c["task"] == task):
             found = {c["method"]: c for c in cases if (c["label"], c["task"]) == (label, task)}
-            rows.append([_label(label), *[task] * several, *(_ratio(found.get(m), "{:.2f}") for m in methods)])
+            shown = f"{int(label):,}" if label.isdigit() else label
+            rows.append([shown, *[task] * several, *(_ratio(found.get(m), "{:.2f}") for m in methods)])
     return table(["x floor", *["task"] * several, *methods], rows)
 
 
@@ -147,7 +154,7 @@ def details(cases: Sequence[Case]) -> list[str]:
     rows = []
     for c in cases:
         if c["status"] == "measured":
-            cells = [_label(c["label"]), c["method"], *(f"{c['seconds'][q] * 1e3:,.3f}" for q in ("p20", "p50", "p80"))]
+            cells = [c["label"], c["method"], *(f"{c['seconds'][q] * 1e3:,.3f}" for q in ("p20", "p50", "p80"))]
             cells += [f"{c['bytes_per_second'] / 1e9:,.1f}", f"{c['share_of_copy']:.0%}"]
             cells += ["-" if c["launches"] is None else f"{c['launches']:,}", f"{c['peak_extra_bytes'] / 1e6:,.2f}"]
             cells += [f"{c['host_seconds'] * 1e6:,.0f}"] if on_gpu else []
@@ -160,13 +167,12 @@ def details(cases: Sequence[Case]) -> list[str]:
 def speedups(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
     """By method and label, how many times longer than fastreg each other method takes; NaN where one was not timed."""
     ratios = {(c["label"], c["method"]): c["ratio"]["p50"] for c in cases if c["status"] == "measured"}
-    labels = _unique(c["label"] for c in cases)
-
-    def of(label: str, method: str) -> float:
-        return ratios.get((label, method), math.nan) / ratios.get((label, "fastreg"), math.nan)
-
-    methods = [method for method in _unique(c["method"] for c in cases) if method != "fastreg"]
-    return {method: {label: of(label, method) for label in labels} for method in methods}
+    found: dict[str, dict[str, float]] = {}
+    for method in _unique(c["method"] for c in cases if c["method"] != "fastreg"):
+        for label in _unique(c["label"] for c in cases):
+            ratio = ratios.get((label, method), math.nan) / ratios.get((label, "fastreg"), math.nan)
+            found.setdefault(method, {})[label] = ratio
+    return found
 
 
 def steps(cases: Sequence[Case]) -> list[str]:
@@ -179,17 +185,15 @@ def steps(cases: Sequence[Case]) -> list[str]:
 
 
 def readme_block(found: Sequence[dict[str, Any]]) -> str:
-    """How much faster fastreg is than each peer through autograd, by model, on each device."""
     lines = [] if _has_gpu(found) else [f"GPU: {NOT_MEASURED}.", ""]
     for result in found:
         if chosen := [c for c in result["cases"] if c["question"] == "backward"]:
-            by_method = speedups(chosen)
-            rows = []
+            by_method, rows = speedups(chosen), []
             for label in _unique(c["label"] for c in chosen):
                 times = [by_label[label] for by_label in by_method.values()]
                 rows.append([label, *("-" if math.isnan(v) else f"{v:.1f}x" for v in times)])
-            lines += [*table(["faster than", *by_method], rows), ""]
-            lines += [f"{chosen[0]['dtype']}; {describe(result['environment'])}.", ""]
+            source = f"{chosen[0]['dtype']}; {describe(result['environment'])}."
+            lines += [*table(["faster than", *by_method], rows), "", source, ""]
     lines.append("More, and how it was measured: [docs/benchmarks.md](docs/benchmarks.md).")
     return "\n".join(lines)
 
@@ -200,10 +204,6 @@ def _has_gpu(found: Sequence[dict[str, Any]]) -> bool:
 
 def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _label(label: str) -> str:
-    return f"{int(label):,}" if label.isdigit() else label
 
 
 def _ratio(case: Case | None, form: str, less: int = 0) -> str:
@@ -251,44 +251,33 @@ def plot_speedups(axes: Axes, found: dict[str, dict[str, float]]) -> None:
     axes.set_ylabel("time, in multiples of fastreg's")
 
 
-def plot_multiples(axes: Axes, cases: Sequence[Case], x_label: str) -> None:
-    """A line per method over sizes or counts."""
-    for method in _unique(c["method"] for c in cases):
-        points = sorted((int(c["label"]), c["ratio"]["p50"]) for c in cases if c["method"] == method)
+def plot_curves(axes: Axes, found: Points, level: tuple[float, str], x_label: str, y_label: str, log_y: bool) -> None:
+    """A line per method, and a dashed one for the level that is compared with."""
+    for method, points in found.items():
         look: Any = {"color": COLOURS[method], "marker": MARKERS[method]}
         axes.plot(*zip(*points, strict=True), label=method, linewidth=2.5 if method == "fastreg" else 1.5, **look)
-    axes.axhline(1, label="floor", **GREY)
-    axes.set_xscale("log")
-    _log_scale(axes)
-    axes.set(xlabel=x_label, ylabel="time, in multiples of the floor's")
-
-
-def plot_speeds(axes: Axes, ours: Sequence[Case], copy: float, x_label: str) -> None:
-    points = sorted((c["n_weights"], c["bytes_per_second"] / 1e9) for c in ours)
-    look: Any = {"color": COLOURS["fastreg"], "marker": MARKERS["fastreg"]}
-    axes.plot(*zip(*points, strict=True), label="fastreg", linewidth=2.5, **look)
-    axes.axhline(copy, label="copy of a large tensor", **GREY)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel=x_label, ylabel="GB/s")
+    axes.axhline(level[0], label=level[1], **GREY)
+    axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
+    if log_y:
+        _log_scale(axes)
+    else:
+        axes.set_ylim(bottom=0)
 
 
 def plot_ledger(both: Sequence[Axes], rows: Sequence[ledger.Row]) -> None:
     """Bars: launches, and passes over the weights, of value and gradient together."""
-    left, right = both
     rows = sorted(rows, key=lambda row: row.passes)[::-1]
     names = [f"{row.method}, add_grad" if row.task == "add_grad" else row.method for row in rows]
-    for axes, values, label in (
-        (left, [row.launches for row in rows], "kernel launches"),
-        (right, [row.passes for row in rows], "passes over the weights, reads and writes"),
-    ):
+    labels = {"launches": "kernel launches", "passes": "passes over the weights, reads and writes"}
+    for axes, (field, label) in zip(both, labels.items(), strict=True):
+        values = [getattr(row, field) for row in rows]
         bars = axes.barh(names, values, color=[COLOURS[row.method] for row in rows])
         axes.bar_label(bars, [f"{v:,.0f}" if v == int(v) else f"{v:,.1f}" for v in values], padding=3)
         axes.set_xlabel(label)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.15)
-    left.set_xscale("log")
-    left.set_xlim(left=1)
+    left, right = both
+    left.set(xscale="log", xlim=(1, None))
     right.set_yticklabels([])
     right.axvline(3, **GREY)
     right.annotate("floor", (3, 1), xycoords=("data", "axes fraction"), color="#777777", fontsize=8, ha="center")

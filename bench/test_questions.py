@@ -17,7 +17,6 @@ TASKS = ("backward", "add_grad", "value", "prox")
 
 
 def cases(bench: Session) -> Iterator[tuple[What, Shapes]]:
-    """What is asked of which shapes."""
     for task in TASKS:
         for model in bench.models:
             allowed = [method for method in methods(task) if bench.allows(method, model)]

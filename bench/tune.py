@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench import internals, results
-from bench.harness import Call, Harness, quantiles, ratios
+from bench.harness import Call, Harness, quantiles
 from bench.internals import Mode, Scale
 from bench.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
 
@@ -33,17 +33,16 @@ def take_turns(harness: Harness, n: int, cases: Mapping[str, tuple[Settings, Cal
     A case is what to call, and with which settings; between the turns they are the library's own again.
     """
     floor = harness.floor(n)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    floors: dict[str, list[float]] = {name: [] for name in cases}
+    found: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):  # the first of them warms up
         for name, (chosen, call) in cases.items():
             with internals.settings(**chosen):
                 for _ in range(2):  # compiles, and builds what is then known of the weights
                     call()
-                floors[name].append(harness.seconds(floor))
-                times[name].append(harness.seconds(call))
+                reference = harness.seconds(floor)
+                found[name].append(harness.seconds(call) / reference)
         print(f"round {number}/{rounds}", flush=True)
-    return {name: quantiles(ratios(times[name][1:], floors[name][1:])) for name in cases}
+    return {name: quantiles(ratios[1:]) for name, ratios in found.items()}
 
 
 def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings], impl: str, rounds: int) -> Found:

@@ -15,7 +15,7 @@ from torch import nn
 
 from bench import internals, ledger, report, results, tune
 from bench.conftest import Session
-from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles, ratios
+from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles
 from bench.ledger import count, multi_tensor_launches
 from bench.models import MODELS, SHAPES, from_shapes, n_weights
 from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
@@ -137,10 +137,9 @@ def test_every_question_is_asked_of_those_that_can_answer() -> None:
     assert len(set(what for what, _ in asked)) == len(asked)
 
 
-def test_quantiles_and_ratios() -> None:
+def test_quantiles() -> None:
     assert list(quantiles([5.0, 1.0, 2.0, 4.0, 3.0]).values()) == pytest.approx([1.8, 3.0, 4.2])
     assert quantiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
-    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
 
 
 class FakeBenchmark:
