@@ -6,13 +6,11 @@ of pointers, and that is then compiled ahead of time for each target.
 """
 
 import functools
-import itertools
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,8 +22,9 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 from bench.internals import UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
+from bench.results import ROOT
 
-TABLE = Path(__file__).parents[1] / "docs" / "codegen.md"
+TABLE = ROOT / "docs" / "codegen.md"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -36,25 +35,23 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 
 class Variant(NamedTuple):
-    """A way the library launches its kernels."""
-
     mode: Mode
-    with_value: bool  # whether the value is wanted
+    with_value: bool = True
     scaled: bool = False  # by an upstream gradient on the device
     grouped: bool = False  # strengths of two groups, on the device
 
 
 VARIANTS = {
-    "value": Variant(Mode.VALUE, with_value=True),
-    "gradient": Variant(Mode.GRADIENT, with_value=True),
+    "value": Variant(Mode.VALUE),
+    "gradient": Variant(Mode.GRADIENT),
     "gradient-scaled": Variant(Mode.GRADIENT, with_value=False, scaled=True),
     "rescale": Variant(Mode.RESCALE, with_value=False, scaled=True),
-    "accumulate": Variant(Mode.ACCUMULATE, with_value=True),
+    "accumulate": Variant(Mode.ACCUMULATE),
     "accumulate-scaled": Variant(Mode.ACCUMULATE, with_value=False, scaled=True),
     "prox": Variant(Mode.PROX, with_value=False),
-    "prox-value": Variant(Mode.PROX, with_value=True),
-    "value-grouped": Variant(Mode.VALUE, with_value=True, grouped=True),
-    "accumulate-grouped": Variant(Mode.ACCUMULATE, with_value=True, grouped=True),
+    "prox-value": Variant(Mode.PROX),
+    "value-grouped": Variant(Mode.VALUE, grouped=True),
+    "accumulate-grouped": Variant(Mode.ACCUMULATE, grouped=True),
     "prox-grouped": Variant(Mode.PROX, with_value=False, grouped=True),
 }
 # Strengths on the device change nothing in the loop: two dtypes are enough.
@@ -62,8 +59,6 @@ CASES = [(v, d) for v in VARIANTS for d in DTYPES if d in ("fp32", "bf16") or no
 
 
 class Launch(NamedTuple):
-    """What the JIT was asked to compile."""
-
     function: Any  # triton.JITFunction
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -72,13 +67,11 @@ class Launch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was found in a compiled kernel; `loads` and `stores` are those of the loop over full blocks."""
-
     registers: int  # per thread
     scratch: int  # bytes of stack and local memory per thread, and registers spilled
     shared: int  # bytes per program
     atomics: int  # instructions, on any type
-    loads: Counter[int]  # how often each width in bytes occurs
+    loads: Counter[int]  # in the loop over full blocks, how often each width in bytes occurs
     stores: Counter[int]
 
 
@@ -104,12 +97,8 @@ def record(target: GPUTarget, call: Callable[[], object]) -> list[Launch]:
     return found
 
 
-def sweep_once(
-    variant: Variant, weights: Sequence[torch.Tensor], strength: Strength, scale: Scale = UNSCALED
-) -> object:
-    """The launcher's work for one sweep: the last of several weights is a strength group of its own."""
-    groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
-    return launch_kernels(weights, groups, variant.mode, strength, scale, variant.with_value)
+def sweep_once(variant: Variant, weights: Sequence[torch.Tensor], strength: Strength, scale: Scale) -> object:
+    return launch_kernels(weights, variant.mode, strength, scale, variant.with_value)
 
 
 def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[str, Launch]:
@@ -122,14 +111,12 @@ def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[st
 
 
 def compile_for(target: GPUTarget, found: Launch) -> CompiledKernel:
-    """The compiler's output for a recorded launch."""
     source = ASTSource(found.function, found.signature, found.constants, found.attributes)
     return triton.compile(source, target=target, options=found.options)
 
 
 @functools.cache
 def compiled(variant: str, dtype: str, target: str) -> dict[str, CompiledKernel]:
-    """The kernels of a variant, by name."""
     found = launches(VARIANTS[variant], DTYPES[dtype], TARGETS[target])
     return {name: compile_for(TARGETS[target], each) for name, each in found.items()}
 
@@ -145,17 +132,17 @@ def inspect(kernel: CompiledKernel) -> Report:
         names = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
     registers, *scratch = (int(found) for name in names for found in re.findall(form.format(name), text))
     assert len(scratch) == len(names) - 1, "one figure for each name"
-    code = parse(asm["ptx"] if "ptx" in asm else asm["amdgcn"])
-    atomics = sum(bool(ATOMIC.match(i.opcode)) for i in itertools.chain(*code.values()))
-    accesses = Counter(found for i in full_block_loop(code) if (found := access(i.opcode)))
-    widths = [Counter({w: n for (kind, w), n in accesses.items() if kind == wanted}) for wanted in ("load", "store")]
-    return Report(registers, sum(scratch), kernel.metadata.shared, atomics, *widths)
+    code = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+    atomics = sum(bool(ATOMIC.match(i.opcode)) for i in parse(code)[0])
+    accesses = [found for i in full_block_loop(code) if (found := access(i.opcode))]
+    loads, stores = (Counter(width for kind, width in accesses if kind == wanted) for wanted in ("load", "store"))
+    return Report(registers, sum(scratch), kernel.metadata.shared, atomics, loads, stores)
 
 
 def machine_loop(kernel: CompiledKernel) -> Counter[str]:
-    """The machine instructions of the loop over full blocks: how often each opcode occurs."""
+    """How often each opcode occurs in the machine code of the loop over full blocks."""
     text = kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else tool("nvdisasm", "--print-code", kernel.asm["cubin"])
-    return Counter(i.opcode for i in full_block_loop(parse(text)))
+    return Counter(i.opcode for i in full_block_loop(text))
 
 
 def missing_tool() -> str | None:
@@ -168,7 +155,6 @@ def missing_tool() -> str | None:
 
 
 def tool(name: str, option: str, cubin: bytes) -> str:
-    """What one of NVIDIA's tools prints of a CUDA binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -177,14 +163,10 @@ def tool(name: str, option: str, cubin: bytes) -> str:
 
 
 class Instruction(NamedTuple):
-    """A line of PTX, SASS or AMD assembly."""
-
     guard: str  # the predicate without which it does nothing; AMD has none
     opcode: str
     operands: str
 
-
-Code = dict[str, list[Instruction]]  # what follows each label, in the order of the text
 
 LABEL = re.compile(r"([.$]L\w+):")
 INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/\s+)?(?:@(!?%?\w+)\s+)?([A-Za-z][\w.:]*)([^;\n]*)")
@@ -195,34 +177,32 @@ SASS_ACCESS = re.compile(r"(LD|ST)G?\.E\b(?:.*\.[US]?(8|16|64|128|256)\b)?")
 AMD_ACCESS = re.compile(r"(?:global|flat|buffer)_(load|store)_[us]?(dword|short|byte)(?:x(\d))?")
 
 
-def parse(text: str) -> Code:
-    """The instructions of PTX, SASS or AMD assembly."""
-    code: Code = {"": []}
-    block = code[""]
+def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions of PTX, SASS or AMD assembly, and for each label the number of the one that follows it."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
     for line in text.splitlines():
         if label := LABEL.match(line):
-            block = code.setdefault(label[1], [])
+            labels[label[1]] = len(instructions)
         elif found := INSTRUCTION.match(line):
-            block.append(Instruction(found[1] or "", found[2], found[3]))
-    return code
+            instructions.append(Instruction(found[1] or "", found[2], found[3]))
+    return instructions, labels
 
 
-def full_block_loop(code: Code) -> list[Instruction]:
+def full_block_loop(text: str) -> list[Instruction]:
     """The first loop that reads or writes global memory without a mask; empty if there is none.
 
     A loop is what stands from a label to a branch back to it. A mask is a predicate on the access, or in AMD's assembly
     a change of the execution mask around it.
     """
-    labels = list(code)
-    for last, label in enumerate(labels):
-        for end, instruction in enumerate(code[label], 1):
-            target = re.search(r"[.$]L\w+", instruction.operands)
-            if target and BRANCH.match(instruction.opcode) and target[0] in labels[: last + 1]:
-                before = (code[name] for name in labels[labels.index(target[0]) : last])
-                body = [*itertools.chain(*before), *code[label][:end]]
-                guards = [i.guard for i in body if access(i.opcode)]
-                if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
-                    return body
+    instructions, labels = parse(text)
+    for end, instruction in enumerate(instructions, 1):
+        target = re.search(r"[.$]L\w+", instruction.operands)
+        if target and BRANCH.match(instruction.opcode) and labels.get(target[0], end) < end:
+            body = instructions[labels[target[0]] : end]
+            guards = [i.guard for i in body if access(i.opcode)]
+            if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
+                return body
     return []
 
 
@@ -238,25 +218,22 @@ def access(opcode: str) -> tuple[str, int] | None:
 
 
 def table(target: str) -> Iterator[str]:
-    """The lines of one target's table: a row per variant and dtype, and one for each different `_finish_kernel`."""
+    """A row per variant and dtype, and one for each different `_finish_kernel`."""
     yield "| kernel | variant | dtype | registers | scratch | shared | atomics | loads | stores | loop | per element |"
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |"
     elements = kernel_settings()["BLOCK"] // (TARGETS[target].warp_size * kernel_settings()["NUM_WARPS"])
-    finished = set()
+    seen = set()
     for variant, dtype in CASES:
-        kernels = compiled(variant, dtype, target)
-        report, length = inspect(kernels["_sweep_kernel"]), machine_loop(kernels["_sweep_kernel"]).total()
-        widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
-        rows = [["_sweep_kernel", variant, dtype, *report[:4], *widths, length, f"{length / elements:.1f}"]]
-        finish = kernels.get("_finish_kernel")
-        if finish is not None and finish.hash not in finished:
-            finished.add(finish.hash)
-            rows.append(["_finish_kernel", variant, dtype, *inspect(finish)[:4], "", "", "", ""])
-        yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
+        for name, kernel in compiled(variant, dtype, target).items():
+            if name == "_sweep_kernel" or kernel.hash not in seen:
+                seen.add(kernel.hash)
+                report, length = inspect(kernel), machine_loop(kernel).total()
+                widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
+                rest = [*widths, length, f"{length / elements:.1f}"] if name == "_sweep_kernel" else [""] * 4
+                yield f"| {' | '.join(map(str, (name, variant, dtype, *report[:4], *rest)))} |"
 
 
 def document() -> str:
-    """The contents of docs/codegen.md."""
     lines = f"""# What the compiler makes of the kernels
 
 Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.codegen` with

@@ -1,9 +1,7 @@
 """Options and results file of the benchmarks: `pytest bench --benchmark-only --results FOLDER`."""
 
-import gc
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,12 @@ import pytest
 import torch
 
 from bench import models, results
-from bench.harness import Call, Harness
-from bench.peers import COMPILED, Found, Weights, zero_grads
+from bench.harness import Call, Harness, launches, peak_extra_bytes
+from bench.ledger import FLOOR_PASSES
+from bench.peers import COMPILED, Found, Weights
 
-# Passes over the weights that each task must make, reads and writes together, in fastreg's design; through backward,
-# one in the forward pass and three after it.
-PASSES = {"value": 1, "backward": 4, "add_grad": 3, "prox": 2}
+# Passes over the weights in fastreg's design; through backward one in the forward pass, and three after it.
+PASSES = FLOOR_PASSES | {"backward": 4}
 # Compiling hundreds of tensors for a CPU takes minutes per case: two models show what it comes to.
 COMPILED_ON_CPU = ("mnist_mlp", "resnet50")
 
@@ -25,12 +23,11 @@ What = tuple[str, str, str, str]  # question, task, label, method
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "fastreg benchmarks")
-    group.addoption("--results", type=Path, help="where to write results: a .json file, or a folder; else nothing is")
+    group.addoption("--results", type=Path, help="a folder for the results file; without it none is written")
     group.addoption("--device", dest="bench_device", help="cuda if there is one, else cpu")
     group.addoption("--dtype", dest="bench_dtype", default="float32", choices=models.DTYPES, help="of the weights")
     group.addoption("--models", dest="bench_models", help=f"comma-separated, of {', '.join(models.MODELS)}")
     group.addoption("--rounds", dest="bench_rounds", type=int, help="rounds per case, rather than as many as fit")
-    group.addoption("--budget", dest="bench_budget", type=float, default=1.5, help="seconds of rounds per case")
     group.addoption("--compiled", dest="bench_compiled", choices=("none", "some", "all"), help="torch.compile peers")
 
 
@@ -54,37 +51,23 @@ def bench(request: pytest.FixtureRequest) -> "Session":
 
 
 class Session:
-    """A run of the benchmarks: its options, the weights in use, and the cases measured so far."""
+    """A run of the benchmarks: its options, and the cases measured so far."""
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
         device = torch.device(option.bench_device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = models.DTYPES[option.bench_dtype]
-        self.harness = Harness(device, dtype, option.bench_budget, option.bench_rounds)
+        self.harness = Harness(device, models.DTYPES[option.bench_dtype], option.bench_rounds)
         default = models.MODELS if self.harness.on_gpu else models.CPU_MODELS
         self.models: list[str] = option.bench_models.split(",") if option.bench_models else list(default)
         self.cases: list[results.Case] = []
         self._config, self._dtype = config, option.bench_dtype
         self._compiled = option.bench_compiled or ("all" if self.harness.on_gpu else "some")
         self._environment = results.environment(device)
-        self._path = option.results and results.path_for(option.results, self._environment, self._dtype)
-        self._weights: tuple[models.Shapes, Weights] | None = None
-        self._copy = (-math.inf, 0.0)
 
     def allows(self, method: str, label: str) -> bool:
         """Whether to measure `method` on the model called `label`, or at another size."""
-        if method not in COMPILED or self._compiled == "all":
-            return True
-        return self._compiled == "some" and label in COMPILED_ON_CPU and "max-autotune" not in method
-
-    def weights_like(self, shapes: models.Shapes) -> Weights:
-        """The same weights for neighbouring cases, with gradients of zeros."""
-        if self._weights is None or self._weights[0] is not shapes:
-            self._weights = None
-            gc.collect()
-            self._weights = shapes, models.from_shapes(shapes, self.harness.dtype, self.harness.device)
-        zero_grads(self._weights[1])
-        return self._weights[1]
+        some = self._compiled == "some" and label in COMPILED_ON_CPU
+        return method not in COMPILED or self._compiled == "all" or some
 
     def run(
         self, benchmark: Any, what: What, weights: Weights, found: Found, call: Call, reference: Call, before: Call
@@ -100,32 +83,27 @@ class Session:
         case |= {"status": "measured", **self.harness.measure(benchmark, call, reference, before)}
         seconds = case["seconds"]["p50"]
         if task in PASSES:
-            moved, copy = PASSES[task] * case["n_weights"] * weights[0].element_size(), self._copy_bandwidth()
+            moved = PASSES[task] * case["n_weights"] * weights[0].element_size()
+            copy = self.harness.copy_bandwidth()  # again for each case: other work on the machine changes it
             case |= {"bytes": moved, "bytes_per_second": moved / seconds, "share_of_copy": moved / seconds / copy}
             case["copy_bytes_per_second"] = copy
-        case |= self.harness.costs(call, count_launches=self.harness.on_gpu or method not in COMPILED)
+        countable = self.harness.on_gpu or method not in COMPILED
+        case["launches"] = launches(call, self.harness.device) if countable else None
+        case["peak_extra_bytes"] = peak_extra_bytes(call, self.harness.device)
+        case["host_seconds"] = self.harness.host_seconds(call)
         before()
         benchmark.extra_info.update(case)
         self._record(case, f"{seconds * 1e3:10.3f} ms, {case['ratio']['p50']:8.2f} x reference")
 
     def _record(self, case: results.Case, outcome: str) -> None:
         self.cases.append(case)
-        # Written after every case: a run that is cut short leaves what it found.
-        if self._path is not None:
-            results.write(self._path, self._environment, self.cases)
+        if folder := self._config.option.results:  # after every case: a run that is cut short leaves what it found
+            name = results.file_name(self._environment, self._dtype)
+            results.write(folder / f"{name}.json", self._environment, self.cases)
         what = " ".join(dict.fromkeys((case["question"], case["task"])))
-        plugins = self._config.pluginmanager
-        reporter: Any = plugins.get_plugin("terminalreporter")
-        capture: Any = plugins.get_plugin("capturemanager")
+        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
         with capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"[{len(self.cases)}] {what:<17} {case['label']:>16} {case['method']:>22}: {outcome}")
-
-    def _copy_bandwidth(self) -> float:
-        """Measured in this run, again and again: other work on the machine changes it."""
-        if time.monotonic() - self._copy[0] > 60:
-            self._copy = time.monotonic(), self.harness.copy_bandwidth()
-        return self._copy[1]
+            print(f"\n[{len(self.cases)}] {what:<17} {case['label']:>16} {case['method']:>22}: {outcome} ", end="")
 
 
 SESSION = pytest.StashKey[Session]()

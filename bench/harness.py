@@ -1,5 +1,6 @@
 """One measurement: rounds of a call, each right after a round of what it is compared with."""
 
+import itertools
 import statistics
 import time
 import timeit
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.ledger import count
 
+SECONDS_PER_CASE = 1.5  # of rounds, if their number is not given
 MOST_ROUNDS, LEAST_ROUNDS = 200, 5
 COPY_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
@@ -32,24 +34,17 @@ class CudaInstant:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80, by linear interpolation."""
     return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
-def ratios(times: Sequence[float], references: Sequence[float]) -> list[float]:
-    """Each round by the reference round that was run right before it: what slows both cancels."""
-    return [time / reference for time, reference in zip(times, references, strict=True)]
-
-
 class Harness:
-    """Measures on one device in one dtype, in `rounds`, or if None in as many as fit `budget` seconds."""
+    """Measures on one device in one dtype, in `rounds`, or if None in as many as fit SECONDS_PER_CASE."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, budget: float, rounds: int | None) -> None:
-        self.device, self.dtype, self.budget, self.rounds = device, dtype, budget, rounds
+    def __init__(self, device: torch.device, dtype: torch.dtype, rounds: int | None = None) -> None:
+        self.device, self.dtype, self.rounds = device, dtype, rounds
         self.on_gpu = device.type == "cuda"
         # Only differences of what it returns are taken.
         self.timer: Callable[[], Any] = CudaInstant if self.on_gpu else time.perf_counter
-        self._floor: tuple[int, Call] | None = None
         if self.on_gpu:
             l2_bytes = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
             self._flush = torch.empty(max(4 * l2_bytes, 1 << 28), dtype=torch.int8, device=device)
@@ -61,7 +56,6 @@ class Harness:
             self._flush.zero_()
 
     def seconds(self, call: Call) -> float:
-        """One timed call."""
         self.cool()
         start = self.timer()
         call()
@@ -69,12 +63,9 @@ class Harness:
 
     def floor(self, n: int) -> Call:
         """`g.add_(w, alpha=c)` over one flat tensor of n elements: the three passes that no gradient can do without."""
-        if self._floor is None or self._floor[0] != n:
-            self._floor = None  # gives back the memory of the last before it takes that of the next
-            w = torch.randn(n, device=self.device).mul_(0.02).to(self.dtype)
-            grad = torch.zeros_like(w)
-            self._floor = n, lambda: grad.add_(w, alpha=1e-3)
-        return self._floor[1]
+        w = torch.randn(n, device=self.device).mul_(0.02).to(self.dtype)
+        grad = torch.zeros_like(w)
+        return lambda: grad.add_(w, alpha=1e-3)
 
     def copy_bandwidth(self) -> float:
         """Bytes per second that one tensor's copy into another reads and writes; both are larger than any cache."""
@@ -96,21 +87,20 @@ class Harness:
         rounds = self.rounds
         if rounds is None:
             once = min(self.seconds(call) + self.seconds(reference) for _ in range(2))
-            least = 3 if once > self.budget else LEAST_ROUNDS
-            rounds = max(least, min(MOST_ROUNDS, int(self.budget / once)))
+            least = 3 if once > SECONDS_PER_CASE else LEAST_ROUNDS
+            rounds = max(least, min(MOST_ROUNDS, int(SECONDS_PER_CASE / once)))
         benchmark.pedantic(call, setup=setup, rounds=rounds)
         times = benchmark.stats.stats.data
-        found = {"seconds": times, "reference_seconds": references, "ratio": ratios(times, references)}
+        # Each round by the reference round that was run right before it: what slows both cancels.
+        ratios = [time / reference for time, reference in zip(times, references, strict=True)]
+        found = {"seconds": times, "reference_seconds": references, "ratio": ratios}
         return {"rounds": rounds, **{name: quantiles(values) for name, values in found.items()}}
 
-    def costs(self, call: Call, count_launches: bool = True) -> dict[str, Any]:
-        """What `call` takes besides time on the device; None where that cannot be known."""
-        repeats = timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1) if self.on_gpu else None
-        return {
-            "launches": launches(call, self.device) if count_launches else None,
-            "peak_extra_bytes": peak_extra_bytes(call, self.device),
-            "host_seconds": repeats and statistics.median(repeats),  # until the call returns to a host that is idle
-        }
+    def host_seconds(self, call: Call) -> float | None:
+        """Until the call returns to a host that is idle; None without a GPU, where there is no difference."""
+        if not self.on_gpu:
+            return None
+        return statistics.median(timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1))
 
 
 def launches(call: Call, device: torch.device) -> int:
@@ -138,8 +128,5 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
         call()
     result: Any = profiler.profiler
     events = [e for e in result.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    changes = (event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreg import blocks
 from fastreg.formulas import Mode
-from fastreg.layout import Layout, Part, forget_layouts
+from fastreg.layout import Layout, forget_layouts
 from fastreg.local import local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 from fastreg.work import Work
@@ -29,10 +29,9 @@ def one_sweep(weights: Sequence[Tensor], mode: Mode, l1: float, l2: float, impl:
         return local_sweep(Work(names, weights, [0] * len(weights), 1, Strengths(l1, l2), impl), mode, **keywords)
 
 
-def launch_kernels(
-    weights: Sequence[Tensor], groups: Sequence[int], mode: Mode, strength: Strength, scale: Scale, with_value: bool
-) -> object:
-    """The Triton launches of one sweep, on whatever device the weights are; they are their own gradients."""
+def launch_kernels(weights: Sequence[Tensor], mode: Mode, strength: Strength, scale: Scale, with_value: bool) -> object:
+    """The Triton launches of one sweep on any device. Weights are their own gradients, the last of several a group."""
+    groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
     grads = weights if mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None
@@ -40,19 +39,11 @@ def launch_kernels(
     return launch.kernel_sweep(parts, mode, work, grads, scale, layout.value_dtype if with_value else None)
 
 
-def parts_of(weights: Sequence[Tensor]) -> list[Part]:
-    """The weights by device and dtype; fastreg launches one kernel for each part."""
-    return [part for parts in Layout(weights, [0] * len(weights)).parts.values() for part in parts]
-
-
-def n_bytes(part: Part) -> int:
-    """Bytes of the weights in a part."""
-    return sum(part.numels) * part.dtype.itemsize
-
-
-def n_chunks(part: Part) -> int:
-    """Programs of the kernel that sweeps a part."""
-    return part.prepared(launch.PointerTables).of_weights().n_chunks
+def launch_sizes(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Bytes of weights, and programs, of each launch that one sweep makes: one per device and dtype."""
+    parts = [part for parts in Layout(weights, [0] * len(weights)).parts.values() for part in parts]
+    chunks = [part.prepared(launch.PointerTables).of_weights().n_chunks for part in parts]
+    return [(sum(part.numels) * part.dtype.itemsize, n) for part, n in zip(parts, chunks, strict=True)]
 
 
 def kernel_settings() -> dict[str, int]:
@@ -63,15 +54,13 @@ def kernel_settings() -> dict[str, int]:
 @contextmanager
 def settings(**chosen: int) -> Iterator[None]:
     """Other values of BLOCK, NUM_WARPS, MOST_CHUNKS or CPU_BLOCK; the library's own are back afterwards."""
-    own = [
-        (module, name, getattr(module, name)) for module in (blocks, launch) for name in chosen if hasattr(module, name)
-    ]
+    own = [(place, name, getattr(place, name)) for place in (blocks, launch) for name in chosen if hasattr(place, name)]
     try:
-        for module, name, _ in own:
-            setattr(module, name, chosen[name])
+        for place, name, _ in own:
+            setattr(place, name, chosen[name])
         forget_layouts()
         yield
     finally:
-        for module, name, value in own:
-            setattr(module, name, value)
+        for place, name, value in own:
+            setattr(place, name, value)
         forget_layouts()

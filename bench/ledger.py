@@ -1,24 +1,20 @@
 """Launches and bytes of every method on every model, counted without a GPU: `python -m bench.ledger`.
 
 The rivals run on tensors without data, and every operator that PyTorch dispatches is noted, autograd's own included.
-fastreg's launches follow from its plan. From both comes a prediction, given a bandwidth and the cost of a launch: each
-launch takes what its bytes take, but no less than a launch. Compiled peers are missing: what they launch is known only
-when they run.
+fastreg's launches follow from its plan. Compiled peers are missing: what they launch is known only when they run.
 """
 
-import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import internals, results
-from bench.internals import Mode
-from bench.models import DTYPES, MODELS, SHAPES, from_shapes
-from bench.peers import PEERS, Weights, methods, prepare
+from bench import results
+from bench.internals import Mode, launch_sizes
+from bench.models import MODELS, SHAPES, from_shapes
+from bench.peers import L1, L2, Weights, methods, prepare, zero_grads
 
 # Passes over the weights, reads and writes, that no method can do without.
 FLOOR_PASSES = {"value": 1, "backward": 3, "add_grad": 3, "prox": 2}
@@ -41,10 +37,8 @@ CHUNK = 65536
 
 
 class Operation(NamedTuple):
-    """An operator that ran; `launches` is how many kernels a CUDA device needs for it."""
-
     name: str
-    launches: int
+    launches: int  # kernels that a CUDA device needs for it
     read: int  # bytes
     written: int
 
@@ -61,43 +55,34 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        aliases = [returned.alias_info for returned in func._schema.returns]
-        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        is_view = bool(aliases) and not writes and None not in aliases
-        if not is_view and not func._schema.name.removeprefix("aten::").startswith(FREE):
-            self.operations.append(_account(func._schema, args, kwargs or {}, result))
+        schema = func._schema
+        name = schema.name.removeprefix("aten::")
+        changed = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        aliases = [returned.alias_info for returned in schema.returns]
+        is_view = bool(aliases) and not changed and None not in aliases
+        if is_view or name.startswith(FREE):
+            return result
+        given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | (kwargs or {})
+        # The tensor behind out= is written only.
+        unread = {a.name for a in schema.arguments if a.kwarg_only or name.startswith(WRITES_ONLY)} & changed
+        read = 0 if name.startswith(FILLS) else sum(_size(given[key]) for key in given if key not in unread)
+        written = sum(_size(given[key]) for key in changed if key in given) if changed else _size(result)
+        lists = [_tensors(value) for value in given.values() if isinstance(value, list | tuple) and _tensors(value)]
+        launches = 1
+        if lists and name.startswith(("_foreach", "_fused")):
+            # A multi-tensor operator that returns new tensors hands those to its kernel, too.
+            returns_new = not changed and name != "_foreach_norm"
+            launches = multi_tensor_launches(lists[0], len(lists) + returns_new)
+        if name == "_foreach_norm":  # clears its partial sums first and adds them up in the end
+            launches += 2
+        self.operations.append(Operation(name, launches, read, written))
         return result
 
 
 def count(call: Callable[[], object]) -> list[Operation]:
-    """The operations of one call."""
     with Count() as counted:
         call()
     return counted.operations
-
-
-def _account(schema: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Operation:
-    name = schema.name.removeprefix("aten::")
-    given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
-    read = written = 0
-    for argument in schema.arguments:
-        n_bytes = _size(given.get(argument.name))
-        changed = argument.alias_info is not None and argument.alias_info.is_write
-        written += n_bytes * changed
-        # The tensor behind out= is written only.
-        read += n_bytes * (not changed or not (argument.kwarg_only or name.startswith(WRITES_ONLY)))
-    changes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
-    if not changes:
-        written = _size(result)
-    if name.startswith(FILLS):
-        read = 0
-    lists = [value for value in given.values() if isinstance(value, list | tuple) and _tensors(value)]
-    launches = 1
-    if lists and name.startswith(("_foreach", "_fused")):
-        # A multi-tensor operator that returns new tensors hands those to its kernel, too.
-        launches = multi_tensor_launches(_tensors(lists[0]), len(lists) + (not changes and name != "_foreach_norm"))
-    # The norm clears its partial sums first and adds them up in the end.
-    return Operation(name, launches + 2 * (name == "_foreach_norm"), read, written)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -131,8 +116,6 @@ def multi_tensor_launches(tensors: Iterable[Tensor], depth: int) -> int:
 
 
 class Row(NamedTuple):
-    """What one method does on one model."""
-
     model: str
     task: str
     method: str
@@ -140,22 +123,13 @@ class Row(NamedTuple):
     read: int  # bytes
     written: int  # bytes
     passes: float  # bytes moved by the bytes of the weights
-    operations: tuple[Operation, ...]
-
-    def seconds(self, bandwidth: float, launch: float) -> float:
-        """Predicted, for bytes per second and seconds per launch."""
-        moved = [((o.read + o.written) / max(o.launches, 1), o.launches) for o in self.operations]
-        return sum(max(n_bytes / bandwidth, launch) * launches for n_bytes, launches in moved)
 
 
-def rows(models: Sequence[str], dtype: torch.dtype = torch.float32) -> Iterator[Row]:
-    """Every method on every model."""
-    for model in models:
-        weights = from_shapes(SHAPES[model], dtype, "meta")
-        for task in FLOOR_PASSES:
-            for method in methods(task):
-                if method in PEERS:
-                    yield row(model, task, method, weights)
+def rows(models: Sequence[str]) -> list[Row]:
+    """Every method on every model, in float32."""
+    asked = [(task, method) for task in FLOOR_PASSES for method in methods(task, compiled=False)]
+    weights = {model: from_shapes(SHAPES[model], torch.float32, "meta") for model in models}
+    return [row(model, task, method, weights[model]) for model in models for task, method in asked]
 
 
 def row(model: str, task: str, method: str, weights: Weights) -> Row:
@@ -163,12 +137,11 @@ def row(model: str, task: str, method: str, weights: Weights) -> Row:
     if method == "fastreg":
         operations = fastreg_operations(task, weights)
     else:
-        for w in weights:
-            w.grad = torch.zeros_like(w)
-        operations = count(prepare(method, weights, 1e-5, 1e-4)[task])
-    launches, read, written = (sum(column) for column in list(zip(*operations, strict=True))[1:])
-    passes = (read + written) / sum(w.numel() * w.element_size() for w in weights)
-    return Row(model, task, method, launches, read, written, passes, tuple(operations))
+        zero_grads(weights)
+        operations = count(prepare(method, weights, L1, L2)[task])
+    _, launches, read, written = zip(*operations, strict=True)
+    passes = (sum(read) + sum(written)) / sum(w.numel() * w.element_size() for w in weights)
+    return Row(model, task, method, sum(launches), sum(read), sum(written), passes)
 
 
 def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
@@ -177,8 +150,7 @@ def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
     operations = [Operation("ones_like", 1, 0, 4)] if task == "backward" else []
     for mode, with_value in SWEEPS[task]:
         partials, reads_grads, writes = 0, mode == Mode.ACCUMULATE, mode != Mode.VALUE
-        for part in internals.parts_of(weights):
-            n_bytes, n_chunks = internals.n_bytes(part), internals.n_chunks(part)
+        for n_bytes, n_chunks in launch_sizes(weights):
             # Per chunk: its tensor's number, that tensor's row, and the gradient's address.
             read = n_bytes * (1 + reads_grads) + n_chunks * (4 + 32 + 8 * reads_grads)
             operations.append(Operation("_sweep_kernel", 1, read, n_bytes * writes + 16 * n_chunks * with_value))
@@ -189,50 +161,15 @@ def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
     return operations
 
 
-def table(found: Sequence[Row], speed: tuple[float, float] | None, measured: dict[tuple[str, ...], float]) -> list[str]:
-    """Markdown, a row per method; predictions if bandwidth and launch are given, measurements where there are some."""
-    header = ["model", "task", "method", "launches", "read, MB", "written, MB", "passes", "x floor"]
-    header += ["predicted, µs"] * bool(speed) + ["measured, µs"] * bool(measured)
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
-    for each in found:
-        cells = [*each[:3], f"{each.launches:,}", f"{each.read / 1e6:,.1f}", f"{each.written / 1e6:,.1f}"]
-        cells += [f"{each.passes:.2f}", f"{each.passes / FLOOR_PASSES[each.task]:.2f}"]
-        if speed:
-            cells.append(f"{each.seconds(*speed) * 1e6:,.0f}")
-        if measured:
-            seconds = measured.get(each[:3])
-            cells.append("not measured yet" if seconds is None else f"{seconds * 1e6:,.0f}")
-        lines.append(cells)
-    return [f"| {' | '.join(cells)} |" for cells in lines]
-
-
-def gpu_measurements(folder: Path, dtype: str) -> tuple[dict[tuple[str, ...], float], str | None]:
-    """The medians of the first GPU's results in `folder`, in seconds by model, task and method; and its name."""
-    for result in results.read(folder):
-        cases = [c for c in result["cases"] if c["dtype"] == dtype and c["status"] == "measured"]
-        found = {(c["label"], c["task"], c["method"]): c["seconds"]["p50"] for c in cases if c["label"] in SHAPES}
-        if result["environment"]["device_type"] == "cuda" and found:
-            return found, result["environment"]["device"]
-    return {}, None
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.ledger", description=__doc__)
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--bandwidth", type=float, help="GB/s that the device copies at, for predictions")
-    parser.add_argument("--launch-us", type=float, help="microseconds per launch, for predictions")
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="a folder with GPU measurements")
-    options = parser.parse_args(arguments)
-    if (options.bandwidth is None) != (options.launch_us is None):
-        parser.error("a prediction needs both --bandwidth and --launch-us")
-    speed = None if options.bandwidth is None else (options.bandwidth * 1e9, options.launch_us * 1e-6)
-    measured, device = gpu_measurements(options.results, options.dtype)
-    found = list(rows(options.models.split(","), DTYPES[options.dtype]))
-    print("\n".join(table(found, speed, measured)))
-    if device is not None:
-        print(f"\nMeasured on {device}.")
+def table(found: Sequence[Row]) -> list[str]:
+    names = ["model", "task", "method", "launches", "read, MB", "written, MB", "passes", "x floor"]
+    cells = []
+    for r in found:
+        multiple = r.passes / FLOOR_PASSES[r.task]
+        moved = f"{r.read / 1e6:,.1f}", f"{r.written / 1e6:,.1f}"
+        cells.append([*r[:3], f"{r.launches:,}", *moved, f"{r.passes:.2f}", f"{multiple:.2f}"])
+    return results.table(names, cells, text_columns=3)
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(table(rows(MODELS))))

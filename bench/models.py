@@ -14,24 +14,19 @@ from torch import nn
 
 Shapes = Sequence[Sequence[int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# By size, and those that fit a CPU run of minutes.
+# By size; those for CPUs fit a run of minutes.
 MODELS = ("mnist_mlp", "mobilenet_v2", "resnet50", "convnext_tiny", "vit_b16", "bert_base", "gpt2", "llama3.2_1b")
 CPU_MODELS = ("mnist_mlp", "mobilenet_v2", "resnet50", "gpt2")
-SHAPES: dict[str, Shapes] = {
-    model: [shape for _, shape in parameters]
-    for model, parameters in json.loads((Path(__file__).parent / "model_shapes.json").read_text()).items()
-}
+_STORED = json.loads(Path(__file__).with_name("model_shapes.json").read_text())
+SHAPES: dict[str, Shapes] = {model: [shape for _, shape in parameters] for model, parameters in _STORED.items()}
 
 
 def n_weights(shapes: Shapes) -> int:
-    """Elements of all tensors together."""
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def from_shapes(shapes: Shapes, dtype: torch.dtype, device: str | torch.device) -> list[nn.Parameter]:
     """Weights like trained ones in scale, without gradients; on the meta device without data."""
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(0)
-    return [
-        nn.Parameter(torch.randn(list(shape), generator=generator, device=device).mul_(0.02).to(dtype))
-        for shape in shapes
-    ]
+    values = (torch.randn(list(shape), generator=generator, device=device) for shape in shapes)
+    return [nn.Parameter(value.mul_(0.02).to(dtype)) for value in values]

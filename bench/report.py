@@ -1,10 +1,8 @@
 """docs/benchmarks.md, its figures and the README's table, from the results files alone: `python -m bench.report`."""
 
-import argparse
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,21 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from bench import ledger, results
+from bench import ledger
 from bench.models import MODELS
-from bench.peers import PEERS
-from bench.results import ROOT, Case, describe, slug
+from bench.results import FOLDER, ROOT, Case, describe, file_name, read, table
 
 QUESTIONS = {
     "backward": "Value and gradient through autograd",
     "add_grad": "Value and gradient straight into .grad",
     "value": "Value alone",
     "prox": "Proximal step",
+}
+CURVES = {
+    "size": ("Cost against size", "weights, in one tensor"),
+    "count": ("Cost against the number of tensors", "tensors of 1,000 weights each"),
 }
 LEDGER_MODELS = ("resnet50", "gpt2")
 NOT_MEASURED = "not measured yet"
@@ -39,14 +39,12 @@ COLOURS = {
     "loop": "#1f5fa8",
     "foreach": "#e08a00",
     "loop compiled": "#6fa3dc",
-    "loop max-autotune": "#b3d0f0",
     "foreach compiled": "#f2bd66",
-    "foreach max-autotune": "#f9dfb4",
 }
 MARKERS = {"fastreg": "o", "torch.cat": "s", "loop": "^", "foreach": "D"}
+Points = dict[str, list[tuple[float, float]]]  # x and y by method
 GREY: Any = {"color": "#777777", "linestyle": "--", "linewidth": 1}
 STYLE: Any = {
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -70,11 +68,11 @@ fastreg's scratch memory on a CPU, about 10 MB for each thread, is kept from the
 
 
 def report(found: Sequence[dict[str, Any]], images: Path) -> str:
-    """The document; figures are written to `images`, a folder beside it."""
+    """The document; its figures are written to `images`."""
     lines = ["# Benchmarks", "", "Written by `python -m bench.report` from the files in `bench/results/`.", HOW_TO_READ]
     if not _has_gpu(found):
-        lines += ["", "## GPU", "", *_head(["model", "value", "backward", "add_grad", "prox"])]
-        lines += [_row([model, *[NOT_MEASURED] * 4]) for model in MODELS]
+        rows = [[model, *[NOT_MEASURED] * 4] for model in MODELS]
+        lines += ["", "## GPU", "", *table(["model", "value", "backward", "add_grad", "prox"], rows)]
     for result in found:
         lines += _device(result, images)
     lines += ["", "## Launches and bytes, counted", "", *_counted(images)]
@@ -82,137 +80,122 @@ def report(found: Sequence[dict[str, Any]], images: Path) -> str:
 
 
 def _device(result: dict[str, Any], images: Path) -> Iterator[str]:
-    facts, cases = result["environment"], result["cases"]
-    dtype, source = cases[0]["dtype"], describe(facts)
-    name = f"{slug(facts['device'])}-{dtype}"
+    facts, dtype, source = result["environment"], result["cases"][0]["dtype"], describe(result["environment"])
+    name = file_name(facts, dtype)
+    cases: dict[str, list[Case]] = {}
+    for case in result["cases"]:
+        cases.setdefault(case["question"], []).append(case)
     yield from ("", f"## {facts['device']}, {dtype}", "", f"{source}.")
     for question, title in QUESTIONS.items():
-        if chosen := [c for c in cases if c["question"] == question]:
+        if chosen := cases.get(question):
             yield from ("", f"### {title}", "", *against_floor(chosen), "")
-            models, by_method = speedups(chosen)
-            if question in ("backward", "add_grad") and not all(map(math.isnan, chain(*by_method.values()))):
-                file = images / f"{question}-{name}"
-                plot_speedups(file, f"{title}, {dtype}, against fastreg", source, models, by_method)
-                yield from (_image(file, f"{title}: time in multiples of fastreg's, by model"), "")
+            if question in ("backward", "add_grad") and (found := speedups(chosen)):
+                file, text = images / f"{question}-{name}", f"{title}: time in multiples of fastreg's, by model"
+                yield from _figure(file, text, f"{title}, {dtype}, against fastreg", source, plot_speedups, found)
             yield from (*details(chosen), "")
-    for question, title, x_label in (
-        ("size", "Cost against size", "weights, in one tensor"),
-        ("count", "Cost against the number of tensors", "tensors of 1,000 weights each"),
-    ):
-        if chosen := [c for c in cases if c["question"] == question and c["status"] == "measured"]:
+    for question, (title, x_label) in CURVES.items():
+        if chosen := [c for c in cases.get(question, ()) if c["status"] == "measured"]:
             yield from ("", f"### {title}", "", *against_floor(chosen), "")
-            yield from _curves(chosen, title, source, x_label, images, name)
-    if chosen := [c for c in cases if c["question"] == "tensors"]:
+            for task in ("backward", "add_grad"):
+                points: Points = {}
+                for c in sorted((c for c in chosen if c["task"] == task), key=lambda c: c["n_weights"]):
+                    points.setdefault(c["method"], []).append((int(c["label"]), c["ratio"]["p50"]))
+                if points:
+                    file = images / f"{question}-{task}-{name}"
+                    text = f"{title}: {QUESTIONS[task][0].lower()}{QUESTIONS[task][1:]}, {dtype}"
+                    names = x_label, "time, in multiples of the floor's"
+                    yield from _figure(file, text, text, source, plot_curves, points, (1, "floor"), *names, True)
+            ours = [c for c in chosen if (c["task"], c["method"]) == ("add_grad", "fastreg")]
+            if question == "size" and ours:
+                speeds = {"fastreg": sorted((c["n_weights"], c["bytes_per_second"] / 1e9) for c in ours)}
+                copy = sorted(c["copy_bytes_per_second"] / 1e9 for c in chosen)[len(chosen) // 2]
+                file, text = images / f"bandwidth-{name}", f"add_grad_ against size, {dtype}"
+                data = speeds, (copy, "copy of a large tensor"), x_label, "GB/s", False
+                yield from _figure(file, text, text, source, plot_curves, *data)
+    if chosen := cases.get("tensors"):
         yield from ("", "### Many small tensors and few large ones", "", *against_floor(chosen))
-    if chosen := [c for c in cases if c["question"] == "step"]:
+    if chosen := cases.get("step"):
         yield from ("", "### A whole training step", "", "Longer than the same step without a penalty, by:", "")
         yield from steps(chosen)
-    if failed := [c for c in cases if c["status"] == "failed"]:
+    if failed := [c for c in result["cases"] if c["status"] == "failed"]:
         yield from ("", "### Not timed", "")
         yield from (f"- {c['method']}, {c['question']}, {c['label']}: {c['reason']}" for c in failed)
-
-
-def _curves(cases: list[Case], title: str, source: str, x_label: str, images: Path, name: str) -> Iterator[str]:
-    question, dtype = cases[0]["question"], cases[0]["dtype"]
-    for task in ("backward", "add_grad"):
-        points: dict[str, list[tuple[float, float]]] = {}
-        for c in cases:
-            if c["task"] == task:
-                points.setdefault(c["method"], []).append((float(c["label"]), c["ratio"]["p50"]))
-        if points:
-            file = images / f"{question}-{task}-{name}"
-            what = f"{title}: {QUESTIONS[task][0].lower()}{QUESTIONS[task][1:]}, {dtype}"
-            plot_lines(file, what, source, points, (x_label, "time, in multiples of the floor's"), (1.0, "floor"))
-            yield from (_image(file, what), "")
-    ours = [c for c in cases if (c["question"], c["task"], c["method"]) == ("size", "add_grad", "fastreg")]
-    if ours:
-        file, what = images / f"bandwidth-{name}", f"add_grad_ against size, {dtype}"
-        speeds = [(c["n_weights"], c["bytes_per_second"] / 1e9) for c in ours]
-        copy = sorted(c["copy_bytes_per_second"] / 1e9 for c in cases)[len(cases) // 2]
-        level = (copy, "copy of a large tensor")
-        plot_lines(file, what, source, {"fastreg": speeds}, (x_label, "GB/s"), level, log_y=False)
-        yield from (_image(file, what), "")
 
 
 def _counted(images: Path) -> Iterator[str]:
     yield "Of the operators that PyTorch dispatches, and of fastreg's plan, by `python -m bench.ledger`; float32. The"
     yield "floor is one pass for the value, three for a gradient, two for the proximal step. Nothing here was timed."
-    rows = list(ledger.rows(LEDGER_MODELS))
-    yield from ("", *ledger.table(rows, None, {}), "")
+    rows = ledger.rows(LEDGER_MODELS)
+    yield from ("", *ledger.table(rows), "")
     source = f"Counted without a device, float32; PyTorch {torch.__version__}"
-    shown = [("backward", method) for method in PEERS] + [("add_grad", "fastreg")]
     for model in LEDGER_MODELS:
-        file, chosen = images / f"ledger-{model}", [r for r in rows if r.model == model and (r.task, r.method) in shown]
-        plot_ledger(file, model, sorted(chosen, key=lambda r: r.passes)[::-1], source)
-        yield from (_image(file, f"Launches and passes of each method on {model}"), "")
+        file, text = images / f"ledger-{model}", f"Launches and passes of each method on {model}"
+        chosen = [r for r in rows if r.model == model and (r.task == "backward" or r[1:3] == ("add_grad", "fastreg"))]
+        yield from _figure(file, text, f"Value and gradient of {model}, counted", source, plot_ledger, chosen, panels=2)
 
 
-def against_floor(cases: Sequence[Case]) -> Iterator[str]:
+def against_floor(cases: Sequence[Case]) -> list[str]:
     """Multiples of the floor: a row per label and task, a column per method."""
     methods, tasks = _unique(c["method"] for c in cases), _unique(c["task"] for c in cases)
-    yield from _head(["x floor", *(["task"] if len(tasks) > 1 else []), *methods])
+    several = len(tasks) > 1
+    rows = []
     for task in tasks:
         for label in _unique(c["label"] for c in cases if c["task"] == task):
             found = {c["method"]: c for c in cases if (c["label"], c["task"]) == (label, task)}
-            cells = [_figure(found.get(method), "{:.2f}") for method in methods]
-            yield _row([_label(label), *([task] if len(tasks) > 1 else []), *cells])
+            shown = f"{int(label):,}" if label.isdigit() else label
+            rows.append([shown, *[task] * several, *(_ratio(found.get(m), "{:.2f}") for m in methods)])
+    return table(["x floor", *["task"] * several, *methods], rows)
 
 
-def details(cases: Sequence[Case]) -> Iterator[str]:
+def details(cases: Sequence[Case]) -> list[str]:
     """Everything else about each case."""
     on_gpu = any(c.get("host_seconds") for c in cases)
-    launches = "launches" if on_gpu else "operators"
-    header = ["model", "method", "p20, ms", "p50, ms", "p80, ms", "GB/s", "of copy", launches, "extra memory, MB"]
-    yield from _head([*header, *(["host, µs"] if on_gpu else []), "error", "rounds"])
+    names = ["model", "method", "p20, ms", "p50, ms", "p80, ms", "GB/s", "of copy"]
+    rows = []
     for c in cases:
         if c["status"] == "measured":
-            cells = [_label(c["label"]), c["method"], *(f"{c['seconds'][q] * 1e3:,.3f}" for q in ("p20", "p50", "p80"))]
+            cells = [c["label"], c["method"], *(f"{c['seconds'][q] * 1e3:,.3f}" for q in ("p20", "p50", "p80"))]
             cells += [f"{c['bytes_per_second'] / 1e9:,.1f}", f"{c['share_of_copy']:.0%}"]
             cells += ["-" if c["launches"] is None else f"{c['launches']:,}", f"{c['peak_extra_bytes'] / 1e6:,.2f}"]
             cells += [f"{c['host_seconds'] * 1e6:,.0f}"] if on_gpu else []
             worst = max((float(e) for e in c["errors"].values()), default=math.nan)
-            yield _row([*cells, f"{worst:.0e}", str(c["rounds"])])
+            rows.append([*cells, f"{worst:.0e}", c["rounds"]])
+    names += ["launches", "extra memory, MB", "host, µs"] if on_gpu else ["operators", "extra memory, MB"]
+    return table([*names, "error", "rounds"], rows)
 
 
-def speedups(cases: Sequence[Case]) -> tuple[list[str], dict[str, list[float]]]:
-    """The labels, and for each other method how many times longer than fastreg it takes; NaN where it was not timed."""
-    labels, methods = _unique(c["label"] for c in cases), _unique(c["method"] for c in cases)
+def speedups(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """By method and label, how many times longer than fastreg each other method takes; NaN where one was not timed."""
     ratios = {(c["label"], c["method"]): c["ratio"]["p50"] for c in cases if c["status"] == "measured"}
+    found: dict[str, dict[str, float]] = {}
+    for method in _unique(c["method"] for c in cases if c["method"] != "fastreg"):
+        for label in _unique(c["label"] for c in cases):
+            ratio = ratios.get((label, method), math.nan) / ratios.get((label, "fastreg"), math.nan)
+            found.setdefault(method, {})[label] = ratio
+    return found
 
-    def of(method: str) -> list[float]:
-        return [ratios.get((label, method), math.nan) / ratios.get((label, "fastreg"), math.nan) for label in labels]
 
-    return labels, {method: of(method) for method in methods if method != "fastreg"}
-
-
-def steps(cases: Sequence[Case]) -> Iterator[str]:
+def steps(cases: Sequence[Case]) -> list[str]:
     """What each method adds to a training step, in per cent of it."""
-    labels = _unique(c["label"] for c in cases)
-    yield from _head(["method", *labels])
+    labels, rows = _unique(c["label"] for c in cases), []
     for method in _unique(c["method"] for c in cases):
         found = {c["label"]: c for c in cases if c["method"] == method}
-        yield _row([method, *(_figure(found.get(label), "{:+.0%}", less=1) for label in labels)])
+        rows.append([method, *(_ratio(found.get(label), "{:+.0%}", less=1) for label in labels)])
+    return table(["method", *labels], rows)
 
 
 def readme_block(found: Sequence[dict[str, Any]]) -> str:
-    """How much faster fastreg is than each peer through autograd, by model, on each device."""
     lines = [] if _has_gpu(found) else [f"GPU: {NOT_MEASURED}.", ""]
     for result in found:
         if chosen := [c for c in result["cases"] if c["question"] == "backward"]:
-            labels, by_method = speedups(chosen)
-            lines += _head(["faster than", *by_method])
-            for i, label in enumerate(labels):
-                times = [values[i] for values in by_method.values()]
-                lines.append(_row([label, *("-" if math.isnan(v) else f"{v:.1f}x" for v in times)]))
-            lines += ["", f"{chosen[0]['dtype']}; {describe(result['environment'])}.", ""]
+            by_method, rows = speedups(chosen), []
+            for label in _unique(c["label"] for c in chosen):
+                times = [by_label[label] for by_label in by_method.values()]
+                rows.append([label, *("-" if math.isnan(v) else f"{v:.1f}x" for v in times)])
+            source = f"{chosen[0]['dtype']}; {describe(result['environment'])}."
+            lines += [*table(["faster than", *by_method], rows), "", source, ""]
     lines.append("More, and how it was measured: [docs/benchmarks.md](docs/benchmarks.md).")
     return "\n".join(lines)
-
-
-def with_block(text: str, block: str) -> str:
-    """`text` with what stands between the two markers replaced, or as it is where there are none."""
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    return pattern.sub(lambda _: f"{START}\n{block}\n{END}", text)
 
 
 def _has_gpu(found: Sequence[dict[str, Any]]) -> bool:
@@ -223,98 +206,81 @@ def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _label(label: str) -> str:
-    return f"{int(label):,}" if label.isdigit() else label
-
-
-def _figure(case: Case | None, form: str, less: int = 0) -> str:
+def _ratio(case: Case | None, form: str, less: int = 0) -> str:
     if case is None:
         return "-"
     return form.format(case["ratio"]["p50"] - less) if case["status"] == "measured" else "wrong"
 
 
-def _image(file: Path, text: str) -> str:
-    return f"![{text}]({file.parent.name}/{file.name}.svg)"
+def _figure(
+    file: Path, text: str, title: str, source: str, plot: Callable[..., None], *data: Any, panels: int = 1
+) -> list[str]:
+    """Has `plot` draw `data`, and writes it to `file` as PNG and SVG; returns the lines that show it."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, panels, figsize=(8.5, 4.2 if panels == 1 else 3.2))
+        plot(axes, *data)
+        if panels == 1:
+            axes.set_title(title, loc="left", fontsize=11)
+            axes.legend(loc="upper left", bbox_to_anchor=(1.08, 1))
+        else:
+            figure.suptitle(title, fontsize=11)
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
+        figure.text(0.01, 0.01, source, fontsize=7, color="#555555")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{file}.png", dpi=130, bbox_inches="tight")
+        figure.savefig(f"{file}.svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+    return [f"![{text}]({file.parent.name}/{file.name}.svg)", ""]
 
 
-def _head(names: Sequence[str]) -> list[str]:
-    return [_row(names), _row(["---", *["---:"] * (len(names) - 1)])]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-@plt.rc_context(STYLE)
-def plot_speedups(path: Path, title: str, source: str, models: Sequence[str], found: dict[str, list[float]]) -> None:
-    """Bars: how many times longer than fastreg each method takes, by model; NaN where it was not timed."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
+def plot_speedups(axes: Axes, found: dict[str, dict[str, float]]) -> None:
+    """Bars, from 1, so that what is faster than fastreg points down."""
     width = 0.8 / len(found)
-    for i, (method, values) in enumerate(found.items()):
-        places = [j - 0.4 + (i + 0.5) * width for j in range(len(models))]
-        # From 1, so that what is faster than fastreg points down.
-        heights = [v - 1 for v in values]
+    for i, (method, by_label) in enumerate(found.items()):
+        places = [j - 0.4 + (i + 0.5) * width for j in range(len(by_label))]
+        heights = [v - 1 for v in by_label.values()]
         bars = axes.bar(places, heights, width * 0.92, bottom=1, label=method, color=COLOURS[method])
-        labels = ["" if math.isnan(v) else f"{v:.2g}" if v < 10 else f"{v:.0f}" for v in values]
-        axes.bar_label(bars, labels, fontsize=8, padding=1)
+        texts = ["" if math.isnan(v) else f"{v:.2g}" if v < 10 else f"{v:.0f}" for v in by_label.values()]
+        axes.bar_label(bars, texts, fontsize=8, padding=1)
     axes.axhline(1, color=COLOURS["fastreg"], linewidth=1.5)
     axes.annotate("fastreg", (1, 1), xycoords=("axes fraction", "data"), color=COLOURS["fastreg"], va="center")
     _log_scale(axes)
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
-    axes.set_xticks(range(len(models)), models)
+    axes.set_xticks(range(len(by_label)), list(by_label))
     axes.set_ylabel("time, in multiples of fastreg's")
-    _finish(figure, axes, title, source, path)
 
 
-@plt.rc_context(STYLE)
-def plot_lines(
-    path: Path,
-    title: str,
-    source: str,
-    found: dict[str, list[tuple[float, float]]],
-    labels: tuple[str, str],
-    level: tuple[float, str],
-    log_y: bool = True,
-) -> None:
-    """A line per method over sizes or counts, and a dashed one for the level that is compared with."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
+def plot_curves(axes: Axes, found: Points, level: tuple[float, str], x_label: str, y_label: str, log_y: bool) -> None:
+    """A line per method, and a dashed one for the level that is compared with."""
     for method, points in found.items():
-        xs, ys = zip(*sorted(points), strict=True)
-        wide = 2.5 if method == "fastreg" else 1.5
-        axes.plot(xs, ys, label=method, color=COLOURS[method], marker=MARKERS[method], linewidth=wide)
+        look: Any = {"color": COLOURS[method], "marker": MARKERS[method]}
+        axes.plot(*zip(*points, strict=True), label=method, linewidth=2.5 if method == "fastreg" else 1.5, **look)
     axes.axhline(level[0], label=level[1], **GREY)
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
     if log_y:
         _log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    _finish(figure, axes, title, source, path)
 
 
-@plt.rc_context(STYLE)
-def plot_ledger(path: Path, model: str, rows: Sequence[ledger.Row], source: str) -> None:
+def plot_ledger(both: Sequence[Axes], rows: Sequence[ledger.Row]) -> None:
     """Bars: launches, and passes over the weights, of value and gradient together."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
+    rows = sorted(rows, key=lambda row: row.passes)[::-1]
     names = [f"{row.method}, add_grad" if row.task == "add_grad" else row.method for row in rows]
-    for axes, values, label in (
-        (left, [row.launches for row in rows], "kernel launches"),
-        (right, [row.passes for row in rows], "passes over the weights, reads and writes"),
-    ):
+    labels = {"launches": "kernel launches", "passes": "passes over the weights, reads and writes"}
+    for axes, (field, label) in zip(both, labels.items(), strict=True):
+        values = [getattr(row, field) for row in rows]
         bars = axes.barh(names, values, color=[COLOURS[row.method] for row in rows])
         axes.bar_label(bars, [f"{v:,.0f}" if v == int(v) else f"{v:,.1f}" for v in values], padding=3)
         axes.set_xlabel(label)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.15)
-    left.set_xscale("log")
-    left.set_xlim(left=1)
+    left, right = both
+    left.set(xscale="log", xlim=(1, None))
     right.set_yticklabels([])
     right.axvline(3, **GREY)
     right.annotate("floor", (3, 1), xycoords=("data", "axes fraction"), color="#777777", fontsize=8, ha="center")
-    figure.suptitle(f"Value and gradient of {model}, counted", fontsize=11)
-    _save(figure, source, path)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -324,32 +290,13 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _finish(figure: Figure, axes: Axes, title: str, source: str, path: Path) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.08, 1))
-    _save(figure, source, path)
-
-
-def _save(figure: Figure, source: str, path: Path) -> None:
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.text(0.01, 0.01, source, fontsize=7, color="#555555")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=130, bbox_inches="tight")
-    figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder of results files")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where benchmarks.md and img/ are written")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="a file with the two markers")
-    options = parser.parse_args(arguments)
-    found = results.read(options.results)
-    options.docs.mkdir(parents=True, exist_ok=True)
-    (options.docs / "benchmarks.md").write_text(report(found, options.docs / "img"))
-    if options.readme.exists():
-        options.readme.write_text(with_block(options.readme.read_text(), readme_block(found)))
+def main(folder: Path = FOLDER, docs: Path = ROOT / "docs", readme: Path = ROOT / "README.md") -> None:
+    """Writes benchmarks.md and img/ in `docs`, and what stands between the two markers in `readme`."""
+    found, text = read(folder), readme.read_text()
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "benchmarks.md").write_text(report(found, docs / "img"))
+    old = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+    readme.write_text(old.sub(lambda _: f"{START}\n{readme_block(found)}\n{END}", text))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The file that a run leaves behind: what was found, and what it has to be read with."""
+"""Results files, what each has to be read with, and tables in Markdown."""
 
 import json
 import platform
 import re
 import subprocess
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,13 @@ Case = dict[str, Any]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions and commit of a run."""
+    """Device, threads, versions and commit; dirty if files differ from it, outside of where documents are written."""
     cuda = device.type == "cuda"
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    changes = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs", ":!README.md")
     return {
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu[1].strip() if cpu else platform.processor(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -34,24 +38,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "hip": torch.version.hip if cuda else None,
         "fastreg": fastreg.__version__,
-        **git_state(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The name that the vendor gives the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def git_state() -> dict[str, Any]:
-    """Commit, and whether files differ from it outside of where results and documents are written; None without git."""
-    written = (":!bench/results", ":!docs", ":!README.md")
-    head, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--", ".", *written)
-    return {"commit": head, "dirty": None if changes is None else bool(changes)}
 
 
 def _git(*arguments: str) -> str | None:
@@ -70,14 +59,10 @@ def describe(facts: dict[str, Any]) -> str:
     return f"{facts['device']}{threads}; {tools}; commit {facts['commit']}{changes}"
 
 
-def slug(name: str) -> str:
-    """`name` as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", name).lower()).strip("-")
-
-
-def path_for(target: Path, facts: dict[str, Any], dtype: str) -> Path:
-    """`target` itself if it names a JSON file, else `<device>-<dtype>.json` in the folder that it names."""
-    return target if target.suffix == ".json" else target / f"{slug(facts['device'])}-{dtype}.json"
+def file_name(facts: dict[str, Any], dtype: str) -> str:
+    """`<device>-<dtype>`, for the file of a run and for figures made of it."""
+    device = re.sub(r"\((R|TM)\)", "", facts["device"]).lower()
+    return f"{re.sub(r'[^a-z0-9]+', '-', device).strip('-')}-{dtype}"
 
 
 def write(path: Path, facts: dict[str, Any], cases: list[Case]) -> None:
@@ -87,14 +72,20 @@ def write(path: Path, facts: dict[str, Any], cases: list[Case]) -> None:
     path.write_text(f'{{"environment": {json.dumps(facts)},\n"cases": [\n{lines}\n]}}\n')
 
 
+def _rounded(value: Any) -> Any:
+    """Four digits: no measurement has more."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def read(folder: Path = FOLDER) -> list[dict[str, Any]]:
     """The results in `folder`, CUDA before CPU, then by name."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return sorted(found, key=lambda result: result["environment"]["device_type"] != "cuda")
 
 
-def _rounded(value: Any) -> Any:
-    """Four digits: no measurement has more."""
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def table(names: Sequence[str], rows: Iterable[Sequence[object]], text_columns: int = 1) -> list[str]:
+    """Markdown; columns after the first `text_columns` hold numbers."""
+    marks = ["---"] * text_columns + ["---:"] * (len(names) - text_columns)
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (names, marks, *rows)]

@@ -7,6 +7,7 @@ all-gather to which each gives S bytes sends (P - 1) * S (Thakur, Rabenseifner a
 Communication Operations in MPICH, 2005). tests/test_scaling.py compares the formulas with what 1, 2 and 4 processes do.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -50,9 +51,8 @@ def penalty(shapes: Shapes, devices: int, passes: int = 4) -> Cost:
     return Cost(passes * shard_bytes(shapes, devices), 1, SUMS, 2 * (devices - 1) * SUMS // devices)
 
 
-def add_grad(shapes: Shapes, devices: int) -> Cost:
-    """`add_elastic_grad_(model)`: three passes."""
-    return penalty(shapes, devices, passes=3)
+# `add_elastic_grad_(model)`: three passes.
+add_grad = functools.partial(penalty, passes=3)
 
 
 def gathered(shapes: Shapes, devices: int) -> Cost:
@@ -76,7 +76,6 @@ METHODS = {
 
 
 def report() -> str:
-    """docs/scaling.md."""
     lines = [HEAD]
     for model in ("gpt2", "llama3.2_1b"):
         shapes = SHAPES[model]

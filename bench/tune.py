@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from bench import internals, results
-from bench.harness import Call, Harness, quantiles, ratios
+from bench.harness import Call, Harness, quantiles
 from bench.internals import Mode, Scale
 from bench.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
 
@@ -28,28 +27,25 @@ Found = dict[str, dict[str, float]]  # quantiles by case
 CPU_BLOCKS = [{"CPU_BLOCK": 1 << k} for k in range(15, 22)]
 
 
-def take_turns(harness: Harness, n: int, cases: Mapping[str, tuple[Settings, Call]]) -> Found:
+def take_turns(harness: Harness, n: int, cases: Mapping[str, tuple[Settings, Call]], rounds: int) -> Found:
     """Quantiles of each case's time in multiples of the floor's over `n` elements.
 
     A case is what to call, and with which settings; between the turns they are the library's own again.
     """
     floor = harness.floor(n)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    floors: dict[str, list[float]] = {name: [] for name in cases}
-    rounds = harness.rounds or 9
+    found: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):  # the first of them warms up
         for name, (chosen, call) in cases.items():
             with internals.settings(**chosen):
                 for _ in range(2):  # compiles, and builds what is then known of the weights
                     call()
-                floors[name].append(harness.seconds(floor))
-                times[name].append(harness.seconds(call))
+                reference = harness.seconds(floor)
+                found[name].append(harness.seconds(call) / reference)
         print(f"round {number}/{rounds}", flush=True)
-    print(f"multiples of the floor ({statistics.median(itertools.chain(*floors.values())) * 1e3:.3f} ms)")
-    return {name: quantiles(ratios(times[name][1:], floors[name][1:])) for name in cases}
+    return {name: quantiles(ratios[1:]) for name, ratios in found.items()}
 
 
-def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings], impl: str) -> Found:
+def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings], impl: str, rounds: int) -> Found:
     """One sweep of each kind with every setting; prints a row per setting."""
     weights = [w.detach() for w in from_shapes(shapes, harness.dtype, harness.device)]
     grads = [torch.zeros_like(w) for w in weights]
@@ -65,11 +61,10 @@ def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings]
         "prox": one(Mode.PROX, scale=Scale(0.0, 0.0), with_value=False),
     }
     cases = {f"{i} {task}": (chosen, call) for i, chosen in enumerate(settings) for task, call in sweeps.items()}
-    found = take_turns(harness, n_weights(shapes), cases)
-    rows = [[*settings[0], *sweeps], ["---:"] * (len(settings[0]) + len(sweeps))]
-    for i, chosen in enumerate(settings):
-        rows.append([*map(str, chosen.values()), *(f"{found[f'{i} {task}']['p50']:.2f}" for task in sweeps)])
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    found = take_turns(harness, n_weights(shapes), cases, rounds)
+    medians = [[f"{found[f'{i} {task}']['p50']:.2f}" for task in sweeps] for i in range(len(settings))]
+    rows = [[*chosen.values(), *each] for chosen, each in zip(settings, medians, strict=True)]
+    print("\n".join(results.table([*settings[0], *sweeps], rows)))
     return found
 
 
@@ -81,15 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)
-    on_gpu = options.what == "kernel" and os.environ.get("TRITON_INTERPRET") != "1"
-    harness = Harness(torch.device("cuda" if on_gpu else "cpu"), DTYPES[options.dtype], 0.0, options.rounds)
-    settings, impl = CPU_BLOCKS, "torch"
+    settings, impl, device = CPU_BLOCKS, "torch", "cpu"
     if options.what == "kernel":
         own, impl = internals.kernel_settings(), "triton"
+        device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
         tried = itertools.product((1024, 2048, 4096), (4, 8), (2048, 8192, 32768))
         # The library's own twice, first and among the others, which shows the noise.
         settings = [own, *(dict(zip(own, values, strict=True)) for values in tried)]
-    found = tune_settings(harness, SHAPES[options.model], settings, impl)
+    harness = Harness(torch.device(device), DTYPES[options.dtype])
+    found = tune_settings(harness, SHAPES[options.model], settings, impl, options.rounds)
     record = {"environment": results.environment(harness.device), **vars(options), "settings": settings, "ratio": found}
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
