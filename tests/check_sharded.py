@@ -108,12 +108,13 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_collectives: int,
         with torch.no_grad():
             again = fastreg.ElasticNet(params(weights), L1, L2, impl=ranks.impl)(reduce=False)
         added = fastreg.add_elastic_grad_(params(weights), L1, L2, reduce=False, impl=ranks.impl)
+        by_object = fastreg.ElasticNet(params(weights), L1, L2, impl=ranks.impl).add_grad_(reduce=False)
     assert wire.collectives == []
     expected = fastreg.elastic_penalty(params(unsharded), L1, L2, return_terms=True, impl="torch")
     if n_collectives == 1:
-        terms = torch.stack([t.detach().double() for t in (*found, again, *added)])
+        terms = torch.stack([t.detach().double() for t in (*found, again, *added, *by_object)])
         dist.all_reduce(terms)
-        for one, other in zip(terms, (*expected, expected.total, *expected), strict=True):
+        for one, other in zip(terms, (*expected, expected.total, *expected, *expected), strict=True):
             close(one.to(other.dtype), other)
     for w in weights + unsharded:
         w.grad = None

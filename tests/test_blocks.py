@@ -284,3 +284,17 @@ def test_views_of_kept_memory_are_made_once() -> None:
         assert all(memory._views[key] is view for key, view in before.items())
 
     in_a_thread(twice)
+
+
+@pytest.mark.parametrize("n", [SMALL - 1, SMALL + 3, SMALL + LANES + 3, BLOCK, BLOCK + 5, BLOCK + SMALL + 5])
+def test_only_small_pieces_and_tails_are_packed(n: int) -> None:
+    """In a model that is not small itself; what is large and fills the vector units is worked on where it is."""
+    (part,) = Layout([torch.ones(n), torch.ones(PACK + 1)], [0, 0]).parts[torch.device("cpu")]
+    walk = Walk(part)
+    sizes = walk.piece_sizes[0]
+    assert sum(sizes) == n
+    rest = n % BLOCK
+    large = rest - rest % LANES if rest - rest % LANES >= SMALL else 0
+    assert sizes == tuple(size for size in (*[BLOCK] * (n // BLOCK), large, rest - large) if size)
+    in_place = [size for block in walk.blocks if block.in_place for size in block.sizes]
+    assert sorted(in_place) == sorted(size for size in (*sizes, PACK) if size >= SMALL)

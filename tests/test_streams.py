@@ -109,3 +109,30 @@ def test_capturing_is_asked_of_the_device_in_question(monkeypatch: pytest.Monkey
     assert device_cache.is_capturing(torch.device("cuda", 1))
     assert not device_cache.is_capturing(torch.device("cuda", 0))
     assert not device_cache.is_capturing(CPU)
+
+
+def test_cached_table_is_awaited_on_other_streams_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastreg.device_cache import DeviceCache
+
+    log: list[tuple[str, Any]] = []
+
+    class EventStream(Stream):
+        def record_event(self) -> str:
+            return f"event of {self.name}"
+
+        def wait_event(self, event: str) -> None:
+            self.log.append((f"{self.name} waits", event))
+
+    first, second = EventStream("first", log), EventStream("second", log)
+    current = [first]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: log.append((stream.name, tensor.item())))
+    cache = DeviceCache(Stream.device, size=2)
+    for _ in range(2):
+        cache.get("table", lambda: (torch.tensor(3.0), 7))
+    assert log == []
+    current[0] = second
+    cache.get("table", lambda: pytest.fail("built again"))
+    assert log == [("second waits", "event of first"), ("second", 3.0)]
