@@ -72,16 +72,19 @@ class ElasticNet:
         self._store_for_compilers()
 
     @classmethod
-    def from_alpha(cls, params: Any, alpha: float, l1_ratio: float, **keywords: Any) -> "ElasticNet":
+    def from_alpha(
+        cls, params: Any, alpha: float, l1_ratio: float,
+        *, include: Filter = None, exclude: Filter = None, impl: Impl = None,
+    ) -> "ElasticNet":  # fmt: skip
         """The same in scikit-learn's parametrisation: l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
 
-        Source: the objective in the documentation of sklearn.linear_model.ElasticNet. Raises ValueError for a negative
-        or infinite alpha, and for an l1_ratio outside [0, 1].
+        Source: the documentation of sklearn.linear_model.ElasticNet. ValueError: alpha < 0, l1_ratio outside [0, 1].
         """
         alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
         if not isinstance(ratio, Tensor) and ratio > 1:
             raise ValueError(f"l1_ratio must be between 0 and 1, got {ratio}")
-        return cls(params, alpha_checked * ratio, alpha_checked * (1 - ratio) / 2, **keywords)
+        l1, l2 = alpha_checked * ratio, alpha_checked * (1 - ratio) / 2
+        return cls(params, l1, l2, include=include, exclude=exclude, impl=impl)
 
     @property
     def l1(self) -> Strength:
