@@ -1,5 +1,6 @@
 """Several devices and streams, where there is no GPU: stand-ins that note what is asked of them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,6 +52,15 @@ def test_callback_waits_for_the_stream_of_the_node(same_stream: bool, monkeypatc
     assert log == [("node done", None), *([] if same_stream else waits), ("called", None)]
 
 
+@pytest.fixture
+def _no_layouts() -> Iterator[None]:
+    """What the test makes a layout believe is not found again by weights that take the same memory."""
+    layout.forget_layouts()
+    yield
+    layout.forget_layouts()
+
+
+@pytest.mark.usefixtures("_no_layouts")
 @pytest.mark.parametrize("kind", ["floats", "tensors"])
 def test_weights_on_two_devices_make_one_value(kind: str) -> None:
     """The second device is the CPU under another name, which a layout is made to believe in."""
