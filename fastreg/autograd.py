@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastreg import formulas
 from fastreg.direct import apply, may_write_gradient, must_return_gradient, run_after_backward
-from fastreg.dtensor import any_dtensor, as_dtensors, is_dtensor, local_shard, local_shards
+from fastreg.dtensor import as_dtensors, is_dtensor, local_shard, local_shards
 from fastreg.formulas import Mode, Penalty
 from fastreg.inplace import add_gradient
 from fastreg.local import is_dense
@@ -185,7 +185,7 @@ def _differentiable_backward(ctx: Any, work: Work, of_all_ranks: Tensor, scale: 
     weights, strengths = work.weights, work.strengths
     visible: list[Any] = [w.to_local() if is_dtensor(w) else w for w in weights]  # type: ignore[attr-defined]
     sums = formulas.sums_of_groups(visible, work.groups, work.n_groups)
-    if any_dtensor(weights):
+    if work.is_sharded:
         # The sums of all ranks, with the derivatives of this rank's; an infinite one has none.
         sums = torch.where(
             of_all_ranks.isfinite() & sums.isfinite(), sums + (of_all_ranks - sums).detach(), of_all_ranks

@@ -36,9 +36,8 @@ class Walk:
         if self._on_host:
             # A model that fits into one pack needs no more operator calls than one tensor.
             size, small = CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL if sum(part.numels) > CPU_PACK else CPU_BLOCK)
-        self.piece_sizes: dict[
-            int, tuple[int, ...]
-        ] = {}  # by position: blocks, and the rest so that its tail is packed
+        # By position, the sizes of a weight's pieces: whole blocks, and the rest with its tail apart, to be packed.
+        self.piece_sizes: dict[int, tuple[int, ...]] = {}
         for position, numel in zip(part.positions, part.numels, strict=True):
             left, tail = numel % size, numel % LANES
             rest = (left - tail, tail) if left - tail >= small else (left,)

@@ -41,14 +41,15 @@ def local_shards(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return [local_shard(t) for t in tensors] if any_dtensor(tensors) else tensors
 
 
-def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
     """Each part as a DTensor with the placements of its weight, where that is one; no communication."""
-    pairs: list[tuple[Tensor, Any]] = list(zip(parts, weights, strict=True))
+    if not any_dtensor(weights):
+        return list(parts)
     return [
         type(w).from_local(p, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride())
         if is_dtensor(w)
         else p
-        for p, w in pairs
+        for p, w in zip(parts, weights, strict=True)
     ]
 
 

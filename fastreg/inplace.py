@@ -27,7 +27,7 @@ def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True
     if layout is not None and layout.accepts(grads):
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, layout=layout)
     else:
-        grads = [_usable_gradient(w, name) for w, name in zip(work.weights, work.names, strict=True)]
+        grads = list(map(_usable_gradient, work.weights, grads, work.names))
         found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
         for w, grad in zip(work.weights, grads, strict=True):
             if w.grad is not grad:
@@ -83,11 +83,11 @@ def _mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version([local_shard(t) for t in tensors if is_dtensor(t)])
 
 
-def _usable_gradient(weight: Tensor, name: str) -> Tensor:
-    """`weight.grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
+def _usable_gradient(weight: Tensor, grad: Tensor | None, name: str) -> Tensor:
+    """`grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
     if not is_dtensor(weight):
-        return _usable_part(weight.grad, weight, name)
-    grad = None if weight.grad is None else as_placed(weight.grad, weight)
+        return _usable_part(grad, weight, name)
+    grad = None if grad is None else as_placed(grad, weight)
     part = None if grad is None else local_shard(grad)
     usable = _usable_part(part, local_shard(weight), name)
     return grad if grad is not None and usable is part else as_dtensors([usable], [weight])[0]

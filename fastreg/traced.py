@@ -11,7 +11,7 @@ from torch import Tensor, library
 
 from fastreg import formulas
 from fastreg.blocks import block_sweep
-from fastreg.dtensor import any_dtensor, hides_dtensor
+from fastreg.dtensor import hides_dtensor
 from fastreg.formulas import Measure, Mode, value_dtype
 from fastreg.kinds import check_kinds
 from fastreg.local import backend_for, local_sweep
@@ -36,7 +36,7 @@ def traced_sweep(
 ) -> Measure | None:
     """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
-    if any_dtensor(weights) or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
+    if work.is_sharded or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
         raise RuntimeError(
             "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
         )
