@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ BLOCK = 2048
 MOST_CHUNKS = 8192
 MOST_BLOCKS_PER_CHUNK = 32
 NUM_WARPS = 4
-FINISH_BLOCK = 1024
+FINISH_BLOCK, FINISH_WARPS = 1024, 8
+_PARTIAL_BYTES = 16  # two float64 sums
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -58,13 +59,13 @@ class PointerTables:
         """Addresses and sizes of the weights, and how they are cut into chunks."""
         return self.cache.get("weights", self._build)
 
-    def of_gradients(self, grads: Sequence[Tensor]) -> tuple[int, Tensor]:
-        """A base address, and int64 [n_tensors] byte offsets from it, which outlive a common move."""
+    def of_gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """Byte offsets, int64 [n_tensors], and the base address they count from: they outlive a common move."""
         addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, self._part.positions)))
         base = addresses[0]
         offsets = tuple(map(operator.sub, addresses, itertools.repeat(base)))
         table = self.cache.get(offsets, lambda: to_device(torch.tensor(offsets, **_HOST_INT64), self._part.device))
-        return base, table
+        return table, base
 
     def _build(self) -> Tables:
         """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
@@ -95,58 +96,107 @@ def kernel_sweep(
         with torch.cuda.device(device):
             return kernel_sweep(parts, mode, work, grads, scale, value_dtype)
     pointers = [part.prepared(PointerTables) for part in parts]
-    tables = list(map(PointerTables.of_weights, pointers))
+    tables = [pointer.of_weights() for pointer in pointers]
     n_chunks = sum([table.n_chunks for table in tables])
-    factors = *work.strengths, *scale
-    l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = [s if isinstance(s, Tensor) else None for s in factors]
-    # A tensor is read through its pointer, and multiplied by a float of 1.
-    l1, l2, factor_l1, factor_l2 = [1.0 if isinstance(s, Tensor) else s for s in factors]
+    n_groups = work.n_groups
+    # What the kernels read is held here until they are launched.
+    factors = [_readable(f) if isinstance(f, Tensor) else f for f in (*work.strengths, *scale)]
+    at_l1, at_l2, at_scale_l1, at_scale_l2 = [f.data_ptr() if isinstance(f, Tensor) else 0 for f in factors]
+    doubles = sum([1 << i for i, f in enumerate(factors) if isinstance(f, Tensor) and f.dtype is torch.float64])
+    l1, l2, scale_l1, scale_l2 = [1.0 if isinstance(f, Tensor) else f for f in factors]
     partials = None if value_dtype is None else torch.empty((n_chunks, 2), dtype=torch.float64, device=device)
-    first_partial = 0
+    next_partial = 0 if partials is None else partials.data_ptr()
     for part, pointer, table in zip(parts, pointers, tables, strict=True):
         if table.n_chunks == 0:
             continue
-        grad_base, grad_table = (0, None) if grads is None else pointer.of_gradients(grads)
-        _sweep_kernel[(table.n_chunks,)](
-            table_ptr=table.tensors,
-            chunk_tensor_ptr=table.chunk_tensor,
-            grad_table_ptr=grad_table,
-            partials_ptr=None if partials is None else partials[first_partial:],
-            l1_ptr=l1_ptr,
-            l2_ptr=l2_ptr,
-            scale_l1_ptr=scale_l1_ptr,
-            scale_l2_ptr=scale_l2_ptr,
-            l1=l1 * factor_l1,
-            l2=l2 * factor_l2,
-            grad_base=grad_base,
-            blocks_per_chunk=table.blocks_per_chunk,
-            DTYPE=_TRITON_DTYPES[part.dtype],
-            MODE=mode._value_,  # `mode.value` is a slower property
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+        grad_table, grad_base = (None, 0) if grads is None else pointer.of_gradients(grads)
+        _launch(
+            _sweep_kernel,
+            table.n_chunks,
+            (device.index, part.dtype, mode._value_, partials is None, BLOCK, NUM_WARPS),
+            {
+                "table": table.tensors.data_ptr(),
+                "chunk_tensor": table.chunk_tensor.data_ptr(),
+                "grad_table": 0 if grad_table is None else grad_table.data_ptr(),
+                "grad_base": grad_base,
+                "partials": next_partial,
+                "l1": l1 * scale_l1,
+                "l2": l2 * scale_l2,
+                "l1_address": at_l1,
+                "l2_address": at_l2,
+                "scale_l1_address": at_scale_l1,
+                "scale_l2_address": at_scale_l2,
+                "doubles": doubles,
+                "blocks_per_chunk": table.blocks_per_chunk,
+            },
+            {
+                "DTYPE": _TRITON_DTYPES[part.dtype],
+                "MODE": mode._value_,  # `mode.value` is a slower property
+                "REDUCE": partials is not None,
+                "BLOCK": BLOCK,
+            },
+            NUM_WARPS,
         )
-        first_partial += table.n_chunks
-    if value_dtype is None:
+        next_partial += _PARTIAL_BYTES * table.n_chunks
+    if partials is None or value_dtype is None:
         return None
+    sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
     total, l1_term, l2_term = [torch.empty((), dtype=value_dtype, device=device) for _ in range(3)]
-    sums = torch.empty((work.n_groups, 2), dtype=torch.float64, device=device)
     chunk_group = None
-    if work.n_groups > 1:
+    if n_groups > 1:
         cache = pointers[0].cache
         chunk_group = cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))
-    _finish_kernel[(1 + work.n_groups,)](
-        partials_ptr=partials,
-        chunk_group_ptr=chunk_group,
-        total_ptr=total,
-        l1_term_ptr=l1_term,
-        l2_term_ptr=l2_term,
-        sums_ptr=sums,
-        l1_ptr=l1_ptr,
-        l2_ptr=l2_ptr,
-        l1=l1,
-        l2=l2,
-        n_chunks=n_chunks,
-        BLOCK=FINISH_BLOCK,
-        num_warps=NUM_WARPS,
+    _launch(
+        _finish_kernel,
+        1 + n_groups,
+        (device.index, value_dtype, FINISH_BLOCK, FINISH_WARPS),
+        {
+            "partials": partials.data_ptr(),
+            "chunk_group": 0 if chunk_group is None else chunk_group.data_ptr(),
+            "total": total.data_ptr(),
+            "l1_term": l1_term.data_ptr(),
+            "l2_term": l2_term.data_ptr(),
+            "sums": sums.data_ptr(),
+            "l1": l1,
+            "l2": l2,
+            "l1_address": at_l1,
+            "l2_address": at_l2,
+            "doubles": doubles,
+            "n_chunks": n_chunks,
+        },
+        {"VALUE_DTYPE": _TRITON_DTYPES[value_dtype], "BLOCK": FINISH_BLOCK},
+        FINISH_WARPS,
     )
     return Measure(Penalty(total, l1_term, l2_term), sums)
+
+
+def _readable(factor: Tensor) -> Tensor:
+    """A strength or scale in one of the dtypes that the kernels read."""
+    return factor if factor.dtype in (torch.float64, torch.float32) else factor.double()
+
+
+_COMPILED: dict[Hashable, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    n_programs: int,
+    variant: tuple[Hashable, ...],
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """`kernel[(n_programs,)](**arguments, **constants)`, both in the order of the kernel's parameters.
+
+    From the second launch on by the compiled kernel itself, as in Triton's tutorial on fused softmax: the JIT looks at
+    every argument anew to find it. `variant` tells where it was loaded, and what it was compiled for.
+    """
+    key = (id(kernel), *variant)
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[n_programs, 1, 1](*arguments.values(), *constants.values())
+        return
+    launched = kernel[(n_programs,)](**arguments, **constants, num_warps=num_warps)
+    # Neither the interpreter returns one, nor what tests put in the place of a kernel.
+    if isinstance(kernel, triton.runtime.JITFunction) and isinstance(launched, triton.compiler.CompiledKernel):
+        _COMPILED[key] = launched

@@ -11,14 +11,25 @@ TABLE_COLUMNS = tl.constexpr(4)  # address, number of elements, first chunk, str
 
 
 @triton.jit
-def _strength(value, value_ptr, scale_ptr, group):
+def _pointer(address, DTYPE: tl.constexpr):
+    # Under the interpreter a small argument, such as 0, is an int32.
+    return address.to(tl.int64).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _number(address, is_double, index):
+    """What a float64 or float32 vector in device memory holds at `index`, as float64; 1 where there is no vector."""
+    exists = address != 0
+    double = tl.load(_pointer(address, tl.float64) + index, mask=exists & is_double, other=1.0)
+    single = tl.load(_pointer(address, tl.float32) + index, mask=exists & (is_double == 0), other=1.0)
+    return double * single.to(tl.float64)
+
+
+@triton.jit
+def _strength(value, address, is_double, group):
     """The float64 product of a host scalar and what the device holds for it."""
-    strength = tl.full((), value, tl.float64)  # a Python float under the interpreter, and else a float32 there
-    if value_ptr is not None:
-        strength *= tl.load(value_ptr + group).to(tl.float64)
-    if scale_ptr is not None:
-        strength *= tl.load(scale_ptr).to(tl.float64)
-    return strength
+    # `value` is a Python float under the interpreter.
+    return tl.full((), value, tl.float64) * _number(address, is_double, group)
 
 
 @triton.jit
@@ -70,30 +81,31 @@ def _sweep_block(weight_ptrs, grad_ptrs, mask, l1, l2, abs_sum, square_sum, MODE
     return abs_sum, square_sum
 
 
-# A strength that moves to another address or value must not compile the kernel again.
-@triton.jit(
-    do_not_specialize=["l1_ptr", "l2_ptr", "scale_l1_ptr", "scale_l2_ptr", "grad_base", "blocks_per_chunk"],
-)
+# Device memory comes as addresses, and nothing is specialised for its value: another model, strength or learning rate,
+# whatever its dtype and wherever it lies, must not compile a kernel again.
+@triton.jit(do_not_specialize=range(13))
 def _sweep_kernel(
-    table_ptr,  # int64 [n_tensors, 4]: address of the weight, number of elements, first chunk, strength group
-    chunk_tensor_ptr,  # int32 [n_chunks]: which tensor a chunk belongs to
-    grad_table_ptr,  # int64 [n_tensors]: byte offset of the gradient from grad_base; None in VALUE and PROX
-    partials_ptr,  # float64 [n_chunks, 2]: each chunk's sums of |w| and w * w; None where no value is asked for
-    l1_ptr,  # any float [n_groups], or None
-    l2_ptr,  # any float [n_groups], or None
-    scale_l1_ptr,  # any float []: upstream gradient or learning rate for the l1 term, or None
-    scale_l2_ptr,  # any float []: the same for the l2 term, or None
+    table: tl.int64,  # of int64 [n_tensors, 4]: address of the weight, number of elements, first chunk, strength group
+    chunk_tensor: tl.int64,  # of int32 [n_chunks]: which tensor a chunk belongs to
+    grad_table: tl.int64,  # of int64 [n_tensors]: byte offset of the gradient from grad_base; 0 in "value" and "prox"
+    grad_base: tl.int64,
+    partials: tl.int64,  # of float64 [n_chunks, 2]: each chunk's sums of |w| and w * w; 0 without REDUCE
     l1: tl.float64,
     l2: tl.float64,
-    grad_base: tl.int64,
+    l1_address: tl.int64,  # of floats [n_groups] to multiply l1 with, or 0
+    l2_address: tl.int64,
+    scale_l1_address: tl.int64,  # of a float: upstream gradient or learning rate for the l1 term, or 0
+    scale_l2_address: tl.int64,
+    doubles: tl.int32,  # a bit for each of these four addresses: 1 for float64, 0 for float32
     blocks_per_chunk: tl.int32,
     DTYPE: tl.constexpr,
     MODE: tl.constexpr,  # one of the names of fastreg.formulas.Mode
+    REDUCE: tl.constexpr,  # whether a value is asked for
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    tensor = tl.load(chunk_tensor_ptr + chunk).to(tl.int64)
-    row_ptr = table_ptr + tensor * TABLE_COLUMNS
+    tensor = tl.load(_pointer(chunk_tensor, tl.int32) + chunk).to(tl.int64)
+    row_ptr = _pointer(table, tl.int64) + tensor * TABLE_COLUMNS
     address = tl.load(row_ptr)
     n_elements = tl.load(row_ptr + 1)
     first_chunk = tl.load(row_ptr + 2)
@@ -102,18 +114,18 @@ def _sweep_kernel(
     chunk_size = blocks_per_chunk.to(tl.int64) * BLOCK
     start = (chunk - first_chunk) * chunk_size
     count = tl.minimum(n_elements - start, chunk_size)
+    scale_l1 = _number(scale_l1_address, (doubles & 4) != 0, 0)
+    scale_l2 = _number(scale_l2_address, (doubles & 8) != 0, 0)
     if MODE == "rescale":
-        unit = tl.load(scale_l1_ptr).to(tl.float64) == 1.0
-        unit = unit & (tl.load(scale_l2_ptr).to(tl.float64) == 1.0)
-        count = tl.where(unit, 0, count)
-    l1 = _strength(l1, l1_ptr, scale_l1_ptr, group)
-    l2 = _strength(l2, l2_ptr, scale_l2_ptr, group)
+        count = tl.where((scale_l1 == 1.0) & (scale_l2 == 1.0), 0, count)
+    l1 = _strength(l1, l1_address, (doubles & 1) != 0, group) * scale_l1
+    l2 = _strength(l2, l2_address, (doubles & 2) != 0, group) * scale_l2
 
     weight_ptr = address.to(tl.pointer_type(DTYPE))
     misaligned = address % 16
     grad_ptr = weight_ptr
-    if grad_table_ptr is not None:
-        grad_address = grad_base + tl.load(grad_table_ptr + tensor)
+    if MODE != "value" and MODE != "prox":
+        grad_address = grad_base + tl.load(_pointer(grad_table, tl.int64) + tensor)
         grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
         misaligned += grad_address % 16
 
@@ -121,7 +133,6 @@ def _sweep_kernel(
     ACCUMULATORS: tl.constexpr = BLOCK * DTYPE.primitive_bitwidth // 128
     abs_sum = tl.zeros((ACCUMULATORS,), tl.float64)
     square_sum = tl.zeros((ACCUMULATORS,), tl.float64)
-    REDUCE: tl.constexpr = partials_ptr is not None
 
     # Full blocks of aligned tensors. Without the hints Triton cannot see the alignment and emits scalar loads.
     full = tl.where(misaligned == 0, count // BLOCK * BLOCK, 0)
@@ -140,27 +151,32 @@ def _sweep_kernel(
             weight_ptr + first + lane, grad_ptr + first + lane, mask, l1, l2, abs_sum, square_sum, MODE, REDUCE
         )
     if REDUCE:
+        partials_ptr = _pointer(partials, tl.float64)
         tl.store(partials_ptr + 2 * chunk, tl.sum(abs_sum, axis=0))
         tl.store(partials_ptr + 2 * chunk + 1, tl.sum(square_sum, axis=0))
 
 
-@triton.jit(do_not_specialize=["l1_ptr", "l2_ptr", "n_chunks"])
+@triton.jit(do_not_specialize=range(12))
 def _finish_kernel(
-    partials_ptr,  # float64 [n_chunks, 2]
-    chunk_group_ptr,  # int32 [n_chunks]: strength group of a chunk, or None where there is one group
-    total_ptr,  # float32 or float64 []
-    l1_term_ptr,  # float32 or float64 []
-    l2_term_ptr,  # float32 or float64 []
-    sums_ptr,  # float64 [n_groups, 2]: sums of |w| and w * w of each group
-    l1_ptr,  # any float [n_groups], or None
-    l2_ptr,  # any float [n_groups], or None
+    partials: tl.int64,  # of float64 [n_chunks, 2]
+    chunk_group: tl.int64,  # of int32 [n_chunks]: strength group of a chunk; 0 where there is one group
+    total: tl.int64,  # of a VALUE_DTYPE
+    l1_term: tl.int64,  # of a VALUE_DTYPE
+    l2_term: tl.int64,  # of a VALUE_DTYPE
+    sums: tl.int64,  # of float64 [n_groups, 2]: sums of |w| and w * w of each group
     l1: tl.float64,
     l2: tl.float64,
+    l1_address: tl.int64,  # these three as in `_sweep_kernel`
+    l2_address: tl.int64,
+    doubles: tl.int32,
     n_chunks: tl.int64,
+    VALUE_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program 0 forms the weighted terms; program 1 + g the plain sums of group g. Fixed order, no atomics."""
     program = tl.program_id(0)
+    partials_ptr = _pointer(partials, tl.float64)
+    group_ptr = _pointer(chunk_group, tl.int32)
     first = tl.zeros((BLOCK,), tl.float64)
     second = tl.zeros((BLOCK,), tl.float64)
     lane = tl.arange(0, BLOCK)
@@ -169,21 +185,20 @@ def _finish_kernel(
         mask = chunk < n_chunks
         abs_sum = tl.load(partials_ptr + 2 * chunk, mask=mask, other=0.0)
         square_sum = tl.load(partials_ptr + 2 * chunk + 1, mask=mask, other=0.0)
-        group = tl.zeros((BLOCK,), tl.int32)
-        if chunk_group_ptr is not None:
-            group = tl.load(chunk_group_ptr + chunk, mask=mask, other=0)
+        group = tl.load(group_ptr + chunk, mask=mask & (chunk_group != 0), other=0)
         if program == 0:
-            first += tl.where(mask, abs_sum * _strength(l1, l1_ptr, None, group), 0.0)
-            second += tl.where(mask, square_sum * _strength(l2, l2_ptr, None, group), 0.0)
+            first += tl.where(mask, abs_sum * _strength(l1, l1_address, (doubles & 1) != 0, group), 0.0)
+            second += tl.where(mask, square_sum * _strength(l2, l2_address, (doubles & 2) != 0, group), 0.0)
         else:
             first += tl.where(group == program - 1, abs_sum, 0.0)
             second += tl.where(group == program - 1, square_sum, 0.0)
     first_sum = tl.sum(first, axis=0)
     second_sum = tl.sum(second, axis=0)
     if program == 0:
-        tl.store(total_ptr, (first_sum + second_sum).to(total_ptr.dtype.element_ty))
-        tl.store(l1_term_ptr, first_sum.to(l1_term_ptr.dtype.element_ty))
-        tl.store(l2_term_ptr, second_sum.to(l2_term_ptr.dtype.element_ty))
+        tl.store(_pointer(total, VALUE_DTYPE), (first_sum + second_sum).to(VALUE_DTYPE))
+        tl.store(_pointer(l1_term, VALUE_DTYPE), first_sum.to(VALUE_DTYPE))
+        tl.store(_pointer(l2_term, VALUE_DTYPE), second_sum.to(VALUE_DTYPE))
     else:
-        tl.store(sums_ptr + 2 * (program - 1), first_sum)
-        tl.store(sums_ptr + 2 * (program - 1) + 1, second_sum)
+        sums_ptr = _pointer(sums, tl.float64) + 2 * (program - 1)
+        tl.store(sums_ptr, first_sum)
+        tl.store(sums_ptr + 1, second_sum)
