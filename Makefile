@@ -34,6 +34,7 @@ test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 
 bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models gpt2" to choose
 	$(RUN) -m pytest bench --benchmark-only --benchmark-quiet --results bench/results/ $(BENCH)
+	$(RUN) -m bench.host --results bench/results/
 
 report: $(STAMP)  ## docs/benchmarks.md and its figures from bench/results/
 	$(RUN) -m bench.report

@@ -1,8 +1,9 @@
 """The only place where the benchmarks reach into fastreg's private modules."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 from fastreg.work import Work
 
 try:
+    from fastreg import kernels
     from fastreg.kernels import launch
 except ImportError:  # there is no Triton for this machine
-    launch = None  # type: ignore[assignment]
+    kernels = launch = None  # type: ignore[assignment]
 
 __all__ = ["UNSCALED", "Mode", "Scale", "Strength"]
 
@@ -63,4 +65,28 @@ def settings(**chosen: int) -> Iterator[None]:
     finally:
         for place, name, value in own:
             setattr(place, name, value)
+        forget_layouts()
+
+
+class NoKernel:
+    """Launches that do nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **arguments: None
+
+
+@contextmanager
+def stubbed_launches() -> Iterator[None]:
+    """With impl="triton" CPU tensors are accepted and nothing is launched, on any device; without Triton no change."""
+    if launch is None:
+        yield
+        return
+    no_kernel = NoKernel()
+    try:
+        with (
+            mock.patch.object(kernels, "INTERPRETED", True),
+            mock.patch.multiple(launch, _sweep_kernel=no_kernel, _finish_kernel=no_kernel),
+        ):
+            yield
+    finally:
         forget_layouts()

@@ -11,7 +11,7 @@ A peer is a function of weights, l1 and l2 that returns what it can do by task, 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ Weights = Sequence[nn.Parameter]
 Tasks = dict[str, Callable[[], Any]]
 
 
-def ours(weights: Weights, l1: float, l2: float) -> Tasks:
-    reg = fastreg.ElasticNet(list(weights), l1, l2)
+def ours(weights: Weights, l1: float, l2: float, impl: Literal["triton", "torch"] | None = None) -> Tasks:
+    reg = fastreg.ElasticNet(list(weights), l1, l2, impl=impl)
     return {"penalty": reg, "add_grad": lambda: reg.add_grad_().total, "prox": lambda: reg.prox_(LR)}
 
 

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from bench import ledger
+from bench import host, ledger
 from bench.models import MODELS
 from bench.results import FOLDER, ROOT, Case, describe, file_name, read, table
 
@@ -66,6 +66,16 @@ the caches reached in the same run. *Extra memory* is the most that a call takes
 fastreg's scratch memory on a CPU, about 10 MB for each thread, is kept from the first call on and so not in it.
 """
 
+HOST_TIME = f"""
+By `python -m bench.host`: how long a call keeps the host before there is anything to compute, with {host.NUMEL}
+float32 weights a tensor. All calls take turns in one run, in random order. *adds*: the median time of a forward and
+backward pass with the penalty, less that of the same pass without it; the loss gives every weight a new gradient, and
+`.grad` is None before. *one-liner*: the same of `elastic_penalty(module)`; *x kept* divides it by that of an
+`ElasticNet` kept for the module. *add_grad* and *prox* stand alone, next to one `torch._foreach_add_` of the weights
+to the gradients. On cpu the methods compute, except *{host.STUBBED}*: the Triton path up to its launches, which do
+nothing. On cuda a time ends when the call returns.
+"""
+
 
 def report(found: Sequence[dict[str, Any]], images: Path) -> str:
     """The document; its figures are written to `images`."""
@@ -74,7 +84,11 @@ def report(found: Sequence[dict[str, Any]], images: Path) -> str:
         rows = [[model, *[NOT_MEASURED] * 4] for model in MODELS]
         lines += ["", "## GPU", "", *table(["model", "value", "backward", "add_grad", "prox"], rows)]
     for result in found:
-        lines += _device(result, images)
+        lines += [] if _is_host(result) else _device(result, images)
+    if hosts := [result for result in found if _is_host(result)]:
+        lines += ["", "## Host time", HOST_TIME]
+        for result in hosts:
+            lines += ["", f"{describe(result['environment'])}.", "", *host.tables(result["cases"])]
     lines += ["", "## Launches and bytes, counted", "", *_counted(images)]
     return re.sub("\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
@@ -199,7 +213,11 @@ def readme_block(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _has_gpu(found: Sequence[dict[str, Any]]) -> bool:
-    return any(result["environment"]["device_type"] == "cuda" for result in found)
+    return any(result["environment"]["device_type"] == "cuda" and not _is_host(result) for result in found)
+
+
+def _is_host(result: dict[str, Any]) -> bool:
+    return bool(result["cases"][0]["question"] == "host")
 
 
 def _unique(names: Iterable[str]) -> list[str]:

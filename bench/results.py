@@ -26,10 +26,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    cpu_name = cpu[1].strip() if cpu else platform.processor()
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs", ":!README.md")
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else cpu[1].strip() if cpu else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name,
         "device_type": device.type,
+        "cpu": cpu_name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -54,15 +56,21 @@ def _git(*arguments: str) -> str | None:
 def describe(facts: dict[str, Any]) -> str:
     """One line for a caption."""
     threads = f", {facts['threads']} threads" if facts["device_type"] == "cpu" else ""
+    host = f" beside {facts['cpu']}" if facts["device_type"] != "cpu" and facts.get("cpu") else ""
     tools = ", ".join(f"{tool} {facts[key]}" for tool, key in TOOLS.items() if facts.get(key))
     changes = " with uncommitted changes" if facts["dirty"] else ""
-    return f"{facts['device']}{threads}; {tools}; commit {facts['commit']}{changes}"
+    return f"{facts['device']}{host}{threads}; {tools}; commit {facts['commit']}{changes}"
 
 
 def file_name(facts: dict[str, Any], dtype: str) -> str:
     """`<device>-<dtype>`, for the file of a run and for figures made of it."""
+    return f"{device_name(facts)}-{dtype}"
+
+
+def device_name(facts: dict[str, Any]) -> str:
+    """The device as part of a file's name."""
     device = re.sub(r"\((R|TM)\)", "", facts["device"]).lower()
-    return f"{re.sub(r'[^a-z0-9]+', '-', device).strip('-')}-{dtype}"
+    return re.sub(r"[^a-z0-9]+", "-", device).strip("-")
 
 
 def write(path: Path, facts: dict[str, Any], cases: list[Case]) -> None:

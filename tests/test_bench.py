@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: what is counted, what is refused, what is shown."""
 
+import functools
 import json
 import math
 import re
@@ -13,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from bench import internals, ledger, report, results, tune
+import fastreg
+from bench import host, internals, ledger, report, results, tune
 from bench.conftest import Session
 from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles
 from bench.ledger import count, multi_tensor_launches
 from bench.models import MODELS, SHAPES, from_shapes, n_weights
 from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
-from fastreg import blocks
+from fastreg import blocks, layout
 
 CPU = torch.device("cpu")
 # The table of the design: passes over the weights, and launches, for one dtype on one device.
@@ -343,3 +345,94 @@ def test_every_setting_of_the_kernels_computes_the_same(
     assert len(set(values)) == 1
     assert "| 1024 | 8 | 2 |" in capsys.readouterr().out
     assert settings_now() == own
+
+
+def test_host_times_are_differences_to_a_pass_without_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def takes(seconds: float) -> Any:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    seconds = {
+        ("adds", host.NOTHING): 1.0,
+        ("adds", host.EMPTY): 1.5,
+        ("adds", "fastreg"): 3.0,
+        ("adds", "foreach"): 9.0,
+    }
+    seconds |= {("kept", "fastreg"): 5.0, ("one-liner", "fastreg"): 7.0}
+    seconds |= {("add_grad", host.ONE_ADD): 2.0, ("add_grad", "fastreg"): 3.0, ("prox", "fastreg"): 0.5}
+
+    def candidates(weights: list[nn.Parameter]) -> dict[host.Key, Any]:
+        def call(task: str, takes: Any) -> None:
+            assert all((w.grad is not None) == (task in host.ALONE) for w in weights)
+            takes()
+
+        return {key: functools.partial(call, key[0], takes(each)) for key, each in seconds.items()}
+
+    monkeypatch.setattr(host, "candidates", candidates)
+    restored = host.restore
+    monkeypatch.setattr(host, "restore", lambda *given: (takes(100.0)(), restored(*given)))  # is not timed
+    cases = host.measure(3, CPU, rounds=2, clock=lambda: now[0])
+    assert {(c["task"], c["method"]): c["seconds"]["p50"] for c in cases} == seconds
+    added, alone = "\n".join(host.tables(cases)).split("\n\n")
+    assert "| cpu | 3 | fastreg | 2,000,000.0 | 0.25 | - | 4.00 | 6,000,000.0 | 1.50 |" in added
+    assert "| cpu | 3 | fastreg | 3,000,000.0 | 1.50 | 500,000.0 | 0.25 |" in alone
+
+
+def test_what_is_added_to_a_pass_is_the_gradient_of_the_penalty() -> None:
+    weights = small_model()
+    calls = host.candidates(weights)
+    assert {task for task, _ in calls} == {"adds", "kept", "one-liner", *host.ALONE}
+    for w in weights:
+        w.grad = None
+    calls["adds", host.NOTHING]()
+    plain = [w.grad for w in weights]
+    assert all(torch.equal(g, -w) for g, w in zip(plain, weights, strict=True) if g is not None)
+    for key in [("adds", method) for method in PEERS] + [("kept", "fastreg"), ("one-liner", "fastreg")]:
+        for w in weights:
+            w.grad = None
+        calls[key]()
+        for w, g in zip(weights, plain, strict=True):
+            assert w.grad is not None
+            torch.testing.assert_close(w.grad - g, L1 * w.sign() + 2 * L2 * w, msg=str(key))
+
+
+def test_host_time_is_measured_stored_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LEDGER_MODELS", ())
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *args, **keywords: None)
+    host.main(["--counts", "1,6", "--rounds", "3", "--device", "cpu", "--results", str(tmp_path)])
+    (found,) = results.read(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"host-{results.device_name(found['environment'])}.json"]
+    text = report.report([found], tmp_path / "img").split("## Host time")[1]
+    both = ["fastreg", *([] if internals.launch is None else [host.STUBBED])]
+    added, alone = text.split("| add_grad, µs |")
+    for n in (1, 6):
+        for method in (host.EMPTY, *both, "torch.cat", "loop", "foreach"):
+            assert f"| cpu | {n} | {method} | " in added
+        for method in (host.ONE_ADD, *both, "loop", "foreach"):
+            assert f"| cpu | {n} | {method} | " in alone
+    found["environment"] |= {"device": "Imaginary GPU", "device_type": "cuda", "cpu": "Imaginary CPU"}
+    found["cases"] += [{**case, "device_type": "cuda"} for case in found["cases"]]
+    text = report.report([found], tmp_path / "img")
+    assert "Imaginary GPU beside Imaginary CPU; PyTorch" in text
+    assert "| cuda | 6 | fastreg | " in text
+    assert "GPU: not measured yet." in report.readme_block([found])  # of sweeps
+
+
+def test_stubs_are_gone_afterwards() -> None:
+    launch = pytest.importorskip("fastreg.kernels.launch")
+    own = launch._sweep_kernel, launch._finish_kernel, fastreg.kernels.INTERPRETED
+    weights = small_model()
+    before = [w.detach().clone() for w in weights]
+
+    def fail() -> None:
+        with internals.stubbed_launches():
+            fastreg.elastic_prox_(weights, L1, L2, lr=1.0, impl="triton")
+            assert layout._LAYOUTS
+            raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        fail()
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    assert (launch._sweep_kernel, launch._finish_kernel, fastreg.kernels.INTERPRETED) == own
+    assert not layout._LAYOUTS
