@@ -9,7 +9,6 @@ in which .grad receives them and the data's gradient may differ.
 import itertools
 import operator
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +16,15 @@ import torch
 from torch import Tensor
 
 from fastreg import formulas
-from fastreg.direct import apply, may_write_gradient, must_return_gradient, run_after_backward
-from fastreg.dtensor import as_dtensors, is_dtensor, local_shard, local_shards
+from fastreg.direct import apply, is_gradient_seen, must_return_gradients, only_accumulates, run_after_backward
+from fastreg.dtensor import as_dtensors, is_dtensor, local_shards
 from fastreg.formulas import Mode, Penalty
 from fastreg.inplace import add_gradient
 from fastreg.local import is_dense
 from fastreg.strengths import Scale, Strength, Strengths
 from fastreg.sweep import sweep_for
 from fastreg.traced import traced_sweep
+from fastreg.weight_state import WeightState
 from fastreg.work import Work
 
 _TWICE = (
@@ -32,7 +32,7 @@ _TWICE = (
     "twice; leave it out of the loss (reg.last has its value), or remove() the attachment"
 )
 _FIRST_STRENGTH, _FIRST_WEIGHT = 3, 5  # where these stand among the inputs of the Function
-_IS_LEAF, _VERSION, _SHAPE = map(operator.attrgetter, ("is_leaf", "_version", "shape"))
+_IS_LEAF = operator.attrgetter("is_leaf")
 
 
 def penalty_of(work: Work, return_terms: bool) -> Tensor | Penalty:
@@ -56,85 +56,76 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
         # to wherever activations go. Other tensors go through save_for_backward alone, to be freed after backward.
-        ctx.is_leaf = list(map(_IS_LEAF, weights))
         saved = [s for s in (l1, l2) if isinstance(s, Tensor)]
-        leaves: Sequence[Tensor] = weights
-        if not all(ctx.is_leaf):
-            leaves = list(itertools.compress(weights, ctx.is_leaf))
+        ctx.is_leaf, ctx.leaves = None, weights
+        if not work.are_leaves:
+            is_leaf = list(map(_IS_LEAF, weights))
+            work = work._replace(are_leaves=all(is_leaf))
+        if not work.are_leaves:
+            ctx.is_leaf, ctx.leaves = is_leaf, list(itertools.compress(weights, is_leaf))
             saved += [w for w in weights if not w.is_leaf]
-        ctx.leaves = leaves
         ctx.work = work._replace(weights=(), strengths=_without_tensors(l1, l2)) if saved else work
-        ctx.state = WeightState(leaves, work.is_sharded)
+        ctx.state = WeightState(ctx.leaves, work.is_sharded, work.layout if work.are_leaves else None)
         mode, ctx.gradients = Mode.VALUE, None
-        if any(ctx.needs_input_grad[_FIRST_WEIGHT:]) and must_return_gradient(weights, work.is_sharded):
+        if any(ctx.needs_input_grad[_FIRST_WEIGHT:]) and _expects_to_return(work):
             mode, ctx.gradients = Mode.GRADIENT, _empty_gradients(weights)
         found = run(work, mode, grads=ctx.gradients)
         assert found is not None
         # Saving something is also what makes a second backward through a freed graph fail as it should.
-        ctx.save_for_backward(found.sums, *saved)
+        ctx.save_for_backward(found.memory, *saved)
         return found.penalty if return_terms else (found.penalty.total,)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        sums, *saved = ctx.saved_tensors
+        memory, *saved = ctx.saved_tensors
         work: Work = ctx.work
         if saved:
             strengths = Strengths(*[saved.pop(0) if value is None else value for value in work.strengths])
-            leaves, others = iter(ctx.leaves), iter(saved)
-            weights = [next(leaves if is_leaf else others) for is_leaf in ctx.is_leaf]
+            weights = ctx.leaves
+            if ctx.is_leaf is not None:
+                leaves, others = iter(weights), iter(saved)
+                weights = [next(leaves if is_leaf else others) for is_leaf in ctx.is_leaf]
             work = work._replace(weights=weights, strengths=strengths)
-        ctx.state.check(ctx.leaves)
         grads: list[Tensor | None] = [None] * (_FIRST_WEIGHT + len(work.weights))
         scale = _scale(upstream)
         if scale is None:
             return (*grads,)
         if torch.is_grad_enabled():
+            ctx.state.check(ctx.leaves)
+            sums = memory[: work.n_groups]
             return (*grads[:_FIRST_STRENGTH], *_differentiable_backward(ctx, work, sums, scale))
         for i, s in enumerate(work.strengths):
             if ctx.needs_input_grad[_FIRST_STRENGTH + i] and isinstance(s, Tensor):
-                derivative = scale[i] * sums[:, i]
+                derivative = scale[i] * memory[: work.n_groups, i]
                 grads[_FIRST_STRENGTH + i] = (derivative if s.ndim else derivative.sum()).to(s)
         if not any(ctx.needs_input_grad[_FIRST_WEIGHT:]):
+            ctx.state.check(ctx.leaves)
             return (*grads,)
         if work.is_attached:
             warnings.warn(_TWICE, stacklevel=1)
-        if ctx.gradients is None and may_write_gradient(ctx, work.weights, work.is_sharded):
+        is_seen = not work.are_leaves or is_gradient_seen(work.weights, work.layout)
+        if work.layout is not None:
+            work.layout.was_seen = is_seen
+        if (
+            ctx.gradients is None
+            and not is_seen
+            and not must_return_gradients(work.is_sharded)
+            and only_accumulates(ctx, len(work.weights))
+        ):
             _write_after_backward(ctx, work, scale)
         else:
+            work = work._replace(layout=ctx.state.check(ctx.leaves))
             grads[_FIRST_WEIGHT:] = _gradients(ctx, work, scale)
         return (*grads,)
 
 
-class WeightState:
-    """Where each weight lies, its shape, and how often it was changed in place.
-
-    The shard of a DTensor counts by itself. FSDP2 may give a weight another shard object, which is no change.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], is_sharded: bool) -> None:
-        self._facts = _facts(weights)
-        shards = [(i, local_shard(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
-        self._shards = [(i, weakref.ref(shard), _facts([shard])) for i, shard in shards]
-
-    def check(self, weights: Sequence[Tensor]) -> None:
-        """Raises RuntimeError where one of the same weights was changed since, in place or by assigning `.data`."""
-        changed = _facts(weights) != self._facts
-        for i, shard, facts in self._shards:
-            now = local_shard(weights[i])
-            changed |= shard() is now and _facts([now]) != facts
-        if changed:
-            raise RuntimeError(
-                "one of the weights needed for the gradient of the elastic penalty was modified by an in-place "
-                "operation, or given other .data, between forward and backward; call backward before optimizer.step(), "
-                "or compute the penalty again"
-            )
-
-
-def _facts(weights: Sequence[Tensor]) -> list[object]:
-    try:
-        return [*map(_VERSION, weights), *map(Tensor.data_ptr, weights), *map(_SHAPE, weights)]
-    except RuntimeError:  # an inference tensor, a DTensor
-        return [(0 if w.is_inference() else w._version, 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]
+def _expects_to_return(work: Work) -> bool:
+    """Whether backward will probably have to return the gradients, which are then formed with the value."""
+    if not work.are_leaves or must_return_gradients(work.is_sharded):
+        return True
+    # Hooks come and go seldom: what the last backward pass found saves asking every weight twice.
+    known = None if work.layout is None else work.layout.was_seen
+    return is_gradient_seen(work.weights, work.layout) if known is None else known
 
 
 def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
@@ -147,10 +138,26 @@ def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
     state: WeightState = ctx.state
 
     def write() -> None:
-        state.check(work.weights)
-        add_gradient(work, scale=scale, with_value=False)
+        layout = state.check(work.weights)
+        now = work if layout is work.layout else work._replace(layout=layout)
+        if layout is None:
+            now = _unfrozen(now)
+        if now.weights:
+            add_gradient(now, scale=scale, with_value=False)
 
     run_after_backward(write, work.weights[0].device, (l1, l2, *scale))
+
+
+def _unfrozen(work: Work) -> Work:
+    """Without the weights that were frozen since the forward pass: autograd leaves them alone, too."""
+    kept = [i for i, w in enumerate(work.weights) if w.requires_grad]
+    if len(kept) == len(work.weights):
+        return work
+    return work._replace(
+        names=[work.names[i] for i in kept],
+        weights=[work.weights[i] for i in kept],
+        groups=[work.groups[i] for i in kept],
+    )
 
 
 def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
@@ -208,6 +215,8 @@ def _without_tensors(*strengths: Any) -> Strengths:
 
 def _scale(upstream: Sequence[Tensor | None]) -> Scale | None:
     """The upstream gradients of the two terms, where there are any; that of the total counts for both."""
-    total, l1_term, l2_term = upstream if len(upstream) == 3 else (upstream[0], None, None)
+    if len(upstream) == 1:
+        return None if upstream[0] is None else Scale(upstream[0], upstream[0])
+    total, l1_term, l2_term = upstream
     present = [[grad for grad in (total, term) if grad is not None] for term in (l1_term, l2_term)]
     return Scale(*[sum(grads[1:], grads[0]) if grads else 0.0 for grads in present]) if any(present) else None

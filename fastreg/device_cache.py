@@ -64,7 +64,7 @@ def _follow(entry: _Entry) -> None:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy of a host tensor on `device`, without waiting for it."""
     if device.type != "cuda":
-        return tensor.to(device)
+        return tensor.to(device, copy=True)
     if is_capturing(device):
         return written_by_kernels(tensor, device)
     # PyTorch keeps pinned memory until the copy is done.

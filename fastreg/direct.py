@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.layout import Layout
+
 _HAS_DISTRIBUTED = torch.distributed.is_available()
 _HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
 _HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
     torch.autograd.Variable._execution_engine, "queue_callback"
 )
-_IS_LEAF, _REQUIRES_GRAD, _DTYPE = map(operator.attrgetter, ("is_leaf", "requires_grad", "dtype"))
-_HOOKS, _POST_HOOKS, _GRAD_DTYPE = map(
-    operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks", "grad_dtype")
+_HOOKS, _POST_HOOKS, _DTYPE, _GRAD_DTYPE = map(
+    operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks", "dtype", "grad_dtype")
 )
 
 
@@ -36,8 +37,8 @@ def apply(function: Any, *inputs: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*inputs)
 
 
-def must_return_gradient(weights: Sequence[Tensor], is_sharded: bool) -> bool:
-    """Whether anybody but .grad would see these weights' gradients, as far as that is known before backward runs."""
+def must_return_gradients(is_sharded: bool) -> bool:
+    """Whether no backward pass may write gradients itself here and now, whatever the weights."""
     # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
     # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
     # itself, on a stream that is safe to follow only when the backward pass is over.
@@ -48,26 +49,28 @@ def must_return_gradient(weights: Sequence[Tensor], is_sharded: bool) -> bool:
         torch.is_anomaly_enabled()
         or not _HAS_ENGINE_ENTRY_POINTS
         or bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
-        # One pass in C for each attribute is twice as fast as one loop in Python over the weights.
-        or not all(map(_IS_LEAF, weights))
-        or any(map(_HOOKS, weights))
-        or any(map(_POST_HOOKS, weights))
-        or (_HAS_GRAD_DTYPE and list(map(_GRAD_DTYPE, weights)) != list(map(_DTYPE, weights)))
     )
 
 
-def may_write_gradient(node: Any, weights: Sequence[Tensor], is_sharded: bool) -> bool:
-    """Whether the running pass would do nothing with the gradients that `node` returns but add each to its .grad."""
-    if must_return_gradient(weights, is_sharded) or not all(map(_REQUIRES_GRAD, weights)):
-        return False
+def is_gradient_seen(weights: Sequence[Tensor], layout: Layout | None) -> bool:
+    """Whether hooks of the weights would see their gradients, or a `grad_dtype` of another dtype change them."""
+    # One pass in C for each attribute is twice as fast as one loop in Python over the weights.
+    if any(map(_HOOKS, weights)) or any(map(_POST_HOOKS, weights)):
+        return True
+    dtypes = list(map(_DTYPE, weights)) if layout is None else layout.dtypes
+    return _HAS_GRAD_DTYPE and list(map(_GRAD_DTYPE, weights)) != dtypes
+
+
+def only_accumulates(node: Any, n_weights: int) -> bool:
+    """Whether the running pass does nothing with the last `n_weights` gradients of `node` but add each to its .grad."""
     handle = node.register_hook(lambda inputs, outputs: None)
     hooks = handle.hooks_dict_ref()
     handle.remove()
     if hooks:  # of others, who will see what the node returns
         return False
-    nodes = [each for each, _ in node.next_functions[-len(weights) :]]
+    nodes = [each for each, _ in node.next_functions[-n_weights:]]
     # Whoever holds an AccumulateGrad node does so to hook it; to ask all of them for their hooks takes too long.
-    if None in nodes or max(map(sys.getrefcount, nodes)) > _UNSHARED:
+    if set(map(type, nodes)) != {_ACCUMULATE_GRAD} or max(map(sys.getrefcount, nodes)) > _UNSHARED:
         return False
     try:
         return all(map(torch._C._will_engine_execute_node, nodes))
@@ -98,5 +101,6 @@ def run_after_backward(callback: Callable[[], None], device: torch.device, tenso
 
 with torch.inference_mode(False), torch.enable_grad():
     _GRAPH: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
-# As counted in `may_write_gradient`: PyTorch versions differ in how many references are their own.
+_ACCUMULATE_GRAD = type(_GRAPH.grad_fn.next_functions[0][0])
+# As counted in `only_accumulates`: PyTorch versions differ in how many references are their own.
 _UNSHARED = max(map(sys.getrefcount, [each for each, _ in _GRAPH.grad_fn.next_functions]))

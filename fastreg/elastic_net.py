@@ -63,7 +63,8 @@ class ElasticNet:
         self._params = copied(params)
         self._filters = (include, exclude)
         self._selection = Selection(self._params, include, exclude)
-        self._selection.work(self._strengths[0], self._strengths[1], impl)  # checks the strengths' devices
+        weights = self._selection.candidates.tensors
+        self._selection.work(weights, self._strengths[0], self._strengths[1], impl)  # checks the strengths' devices
         self._work: Work | None = None
         self._attachment: Attachment | None = None
         self.last: Penalty | None = None
@@ -182,14 +183,17 @@ class ElasticNet:
 
     def _current(self) -> Work:
         """The weights with their groups and strengths, as they are now."""
-        if not self._selection.is_current():
-            self._selection, self._work = Selection(self._params, *self._filters), None
-        # Not under torch.compile: the kept work holds floats, which would be compiled in as constants.
         is_compiling = torch.compiler.is_compiling()
-        if not is_compiling and self._work is not None:
-            return self._work
+        tensors = self._selection.current(self._params, is_compiling)
+        if tensors is None:
+            self._selection, self._work = Selection(self._params, *self._filters), None
+            tensors = self._selection.candidates.tensors
+        # Not under torch.compile: the kept work holds floats, which would be compiled in as constants.
+        work = None if is_compiling else self._work
+        if work is not None and work.layout is self._selection.layout:
+            return work
         l1, l2 = self.l1, self.l2
-        work = self._selection.work(l1, l2, self._impl)
+        work = self._selection.work(tensors, l1, l2, self._impl)
         if not is_compiling and self._selection.work_can_be_kept(l1, l2):
             self._work = work
         return work

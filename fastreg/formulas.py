@@ -39,7 +39,11 @@ class Measure(NamedTuple):
     """The value that a sweep found."""
 
     penalty: Penalty
-    sums: Tensor  # float64 [n_groups, 2]: Σ|w| and Σw² of each strength group
+    memory: Tensor  # float64 [n_groups or more, 2], the first rows of which are `sums`
+
+    def sums(self, n_groups: int) -> Tensor:
+        """Σ|w| and Σw² of each strength group, float64 [n_groups, 2]."""
+        return self.memory if len(self.memory) == n_groups else self.memory[:n_groups]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

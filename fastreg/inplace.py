@@ -8,12 +8,10 @@ from torch import Tensor
 
 from fastreg.dtensor import as_dtensors, as_placed, is_dtensor, local_shard, local_shards
 from fastreg.formulas import Measure, Mode, weighted_terms
-from fastreg.layout import find_layout
 from fastreg.local import is_dense, local_sweep
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths, per_group
 from fastreg.sweep import sweep_for
 from fastreg.work import Work
-
 
 def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True) -> Measure | None:
     """Adds the penalty's gradient to .grad, which is created where it is None, in one sweep.
@@ -22,10 +20,9 @@ def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True
     shape than its weight, or that cannot be changed in place.
     """
     run = sweep_for(work)
-    layout = find_layout(work.weights, work.groups) if run is local_sweep else None
     grads: list[Any] = [w.grad for w in work.weights]
-    if layout is not None and layout.accepts(grads):
-        found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, layout=layout)
+    if run is local_sweep and work.layout is not None and work.layout.accepts(grads):
+        found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
     else:
         grads = list(map(_usable_gradient, work.weights, grads, work.names))
         found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
@@ -65,7 +62,7 @@ def apply_prox(
         refined = work._replace(groups=fine, n_groups=len(numbers), strengths=_columns(scaled, device))
         found = run(refined, Mode.PROX, with_value=with_value)
         if found is not None:
-            found = weighted_terms(found.sums, _columns(plain, device), found.penalty.total.dtype)
+            found = weighted_terms(found.sums(len(numbers)), _columns(plain, device), found.penalty.total.dtype)
     _mark_changed(work, weights)
     return found
 

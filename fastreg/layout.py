@@ -62,8 +62,11 @@ class Layout:
         self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self.groups = list(groups)
-        self.identity = [self.addresses, self.groups, [(w.dtype, w.device, w.numel()) for w in weights]]
-        self.is_like = snapshot(weights)
+        self.dtypes = [w.dtype for w in weights]
+        self.identity = _identity(weights, self.addresses)
+        # Whether hooks saw the last gradient of these weights; None before there was one.
+        self.was_seen: bool | None = None
+        self._is_like = snapshot(weights)
         self._is_like_grads: Callable[..., bool] | None = None
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
         for position, (weight, address, group) in enumerate(zip(weights, self.addresses, groups, strict=True)):
@@ -75,6 +78,14 @@ class Layout:
             part.groups.append(group)
         self.parts = {device: list(parts.values()) for device, parts in by_device.items()}
 
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether address, shape, strides, dtype, device, kind and requires_grad are still the same."""
+        return self._is_like(*weights) and list(map(Tensor.data_ptr, weights)) == self.addresses
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        """Whether this is their memory, dtype and shape, whatever else may have changed."""
+        return self.identity == _identity(weights, list(map(Tensor.data_ptr, weights)))
+
     def accepts(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
         return self._is_like_grads is not None and self._is_like_grads(*grads)
@@ -84,15 +95,18 @@ class Layout:
         self._is_like_grads = snapshot(grads)
 
 
+def _identity(weights: Sequence[Tensor], addresses: list[int]) -> list[Any]:
+    return [addresses, [(w.dtype, w.device, w.shape) for w in weights]]
+
+
 _LAYOUTS: dict[tuple[int, int], tuple[Layout, ...]] = {}
 _STORING = threading.Lock()
 
 
 def find_layout(weights: Sequence[Tensor], groups: list[int]) -> Layout | None:
     """The cached layout, or None if an address, shape, stride, dtype, device, kind or group changed."""
-    addresses = list(map(Tensor.data_ptr, weights))
-    for layout in _LAYOUTS.get((addresses[0], len(addresses)), ()):
-        if layout.addresses == addresses and layout.groups == groups and layout.is_like(*weights):
+    for layout in _LAYOUTS.get((weights[0].data_ptr(), len(weights)), ()):
+        if layout.groups == groups and layout.holds(weights):
             return layout
     return None
 
@@ -106,7 +120,7 @@ def store_layout(weights: Sequence[Tensor], groups: list[int]) -> Layout:
             del _LAYOUTS[next(iter(_LAYOUTS))]
         others = _LAYOUTS.get(key, ())
         for other in others:  # of the same memory, as under autocast: what was prepared for it serves here
-            if other.identity == layout.identity:
+            if other.identity == layout.identity and other.groups == layout.groups:
                 layout.parts = other.parts
         _LAYOUTS[key] = (layout, *others)[:MOST_PER_KEY]
     return layout

@@ -4,7 +4,6 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,13 @@ from fastreg.work import Grads, Work
 
 
 def local_sweep(
-    work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True, layout: Any = None
+    work: Work,
+    mode: Mode,
+    *,
+    scale: Scale = UNSCALED,
+    grads: Grads = None,
+    with_value: bool = True,
+    is_accepted: bool = False,
 ) -> Measure | None:
     """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
 
@@ -26,24 +31,24 @@ def local_sweep(
         mode: what to do besides reading; the gradient modes write or update `grads`.
         scale: factors on the strengths, read on the device.
         grads: one tensor of the weight's shape, dtype and device for each weight.
-        layout: the `Layout` of the weights, where the caller has found it and it accepts `grads`.
+        is_accepted: whether `work.layout` is there and accepts `grads`, as the caller has found.
 
     Returns the value, if asked for: in PROX that of the weights before the step. Raises TypeError for a weight that
     changed its kind since it was selected, and RuntimeError for impl="triton" where it cannot run.
     """
     dense, staged = work, grads
+    layout = work.layout or find_layout(work.weights, work.groups)
     if layout is None:
-        layout = find_layout(work.weights, work.groups)
-        if layout is None:
-            check_kinds(work.names, work.weights)
-            copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
-            weights = [w if is_dense(w) and not _is_lazy(w) else copy(w) for w in work.weights]
-            dense = work._replace(weights=weights)
-            layout = find_layout(dense.weights, work.groups) or store_layout(dense.weights, work.groups)
-        if grads is not None and not layout.accepts(grads):
-            staged = [_stage(g, w, mode) for g, w in zip(grads, dense.weights, strict=True)]
-            if all(map(operator.is_, staged, grads)):
-                layout.remember(grads)
+        check_kinds(work.names, work.weights)
+        copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+        weights = [w if is_dense(w) and not _is_lazy(w) else copy(w) for w in work.weights]
+        copied = any(map(operator.is_not, weights, work.weights))
+        dense = work._replace(weights=weights) if copied else work
+        layout = (find_layout(weights, work.groups) if copied else None) or store_layout(weights, work.groups)
+    if grads is not None and not is_accepted and not layout.accepts(grads):
+        staged = [_stage(g, w, mode) for g, w in zip(grads, dense.weights, strict=True)]
+        if all(map(operator.is_, staged, grads)):
+            layout.remember(grads)
     # All decided before the first write, so that an error leaves everything as it was.
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     dtype = layout.value_dtype if with_value else None
@@ -63,7 +68,7 @@ def local_sweep(
         return measures[0]
     # From the float64 sums of all devices, so that nothing is rounded twice.
     first = next(iter(layout.parts))
-    sums = torch.stack([m.sums.to(first) for m in measures if m is not None]).sum(0)
+    sums = torch.stack([m.sums(work.n_groups).to(first) for m in measures if m is not None]).sum(0)
     return weighted_terms(sums, work.strengths.on(first), dtype)
 
 

@@ -1,77 +1,129 @@
 """From what a user passes to the weights that count, and whether they are still the same."""
 
+import copy
 import operator
-from collections.abc import Iterable
-from itertools import chain
+import re
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import chain, compress
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastreg.candidates import HeldCandidates, RememberedCandidates
 from fastreg.collect import Candidate, OwnStrengths, collect
 from fastreg.dtensor import any_dtensor, gathered_by_fsdp, is_fsdp1
-from fastreg.filters import Filter, filtered
+from fastreg.filters import Filter, bias_and_norm, filtered
 from fastreg.kinds import check_kinds
+from fastreg.layout import Layout, find_layout
 from fastreg.strengths import Strength, Strengths, check_strength, per_group
 from fastreg.work import Work
 
 Impl: TypeAlias = Literal["triton", "torch"] | None
 
-
 class Selection:
-    """The weights that count, with their names and the strengths of their groups."""
+    """Which of the tensors in `params` count, with their names and the strengths of their groups."""
 
     def __init__(self, params: Any, include: Filter, exclude: Filter) -> None:
-        candidates, own_strengths, modules = collect(params)
-        # What is in each module, to notice when that changes.
-        self._module_dicts: list[dict[str, Any]] = [
-            contained for module in modules for contained in (module._parameters, module._modules)
-        ]
-        self._dict_sizes = list(map(len, self._module_dicts))
-        self._filled_dicts = [contained for contained in self._module_dicts if contained]
-        self._dict_values = list(chain.from_iterable([contained.values() for contained in self._filled_dicts]))
-        self._tensors = [c.tensor for c in candidates]
-        self._requires_grad = [t.requires_grad for t in self._tensors]
-        self._types = list(map(type, self._tensors))
-        chosen = filtered(candidates, _trainable(candidates), include, exclude, modules)
+        found, own_strengths, self._modules = collect(params)
+        chosen = filtered(found, _trainable(found), include, exclude, self._modules)
         self.names = [c.name for c in chosen]
-        self.weights = [c.tensor for c in chosen]
-        check_kinds(self.names, self.weights)
-        _check_fsdp(chosen, modules)
+        weights = [c.tensor for c in chosen]
+        check_kinds(self.names, weights)
+        _check_fsdp(chosen, self._modules)
         # Groups that bring no strengths are one. Those that do are not compared: two that become equal would otherwise
-        # make another number of groups, for which kernels are compiled again.
+        # make another number of groups.
         keys = [c.group if any(s is not None for s in own_strengths[c.group]) else None for c in chosen]
         index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         self.groups = [index_of[key] for key in keys]
         self._own_strengths: list[OwnStrengths] = [
             (None, None) if key is None else own_strengths[key] for key in index_of
         ]
+        tensors = [c.tensor for c in found]
+        self.candidates: Any = HeldCandidates(tensors, self._modules)
+        self._is_chosen = [each in set(weights) for each in tensors]
+        self._all_chosen = all(self._is_chosen)
+        self._kinds_of_all = _kinds(tensors)
+        self._are_leaves: bool | None = all([w.is_leaf for w in weights])
+        self._is_sharded = any_dtensor(weights)
+        # Of the weights at the last call. Threads may call in different modes; each finds a layout of the same memory.
+        self.layout: Layout | None = None
 
-    def is_current(self) -> bool:
-        """Whether no weight was frozen, thawed or replaced since, and no module."""
-        # This runs at every call, over hundreds of modules: each question is one pass.
-        contained = chain.from_iterable([contained.values() for contained in self._filled_dicts])
-        return (
-            [t.requires_grad for t in self._tensors] == self._requires_grad
-            and list(map(type, self._tensors)) == self._types
-            and list(map(len, self._module_dicts)) == self._dict_sizes
-            and all(map(operator.is_, contained, self._dict_values))
+    @property
+    def weights(self) -> Sequence[Tensor]:
+        """The tensors that count, of a selection that holds them."""
+        return self._chosen(self.candidates.tensors)
+
+    def remembered(self) -> "Selection":
+        """The same without holding any tensor or module; its candidates are to be asked with the params."""
+        twin = copy.copy(self)
+        twin.candidates = RememberedCandidates(self.candidates.tensors, self._modules)
+        twin._modules, twin._are_leaves = [], None
+        return twin
+
+    def can_be_remembered(self, params: Any) -> bool:
+        """Whether the candidates are those of a module, or just the tensors of a list."""
+        tensors = self.candidates.tensors
+        return isinstance(params, nn.Module) or (
+            len(tensors) == len(params) and all(map(operator.is_, tensors, params))
         )
+
+    def current(self, params: Any, is_compiling: bool) -> Sequence[Tensor] | None:
+        """The candidates, or None where one was frozen, thawed or replaced since, or a module."""
+        tensors: Sequence[Tensor] | None = self.candidates.now(params)
+        if tensors is None:
+            return None
+        if is_compiling:
+            return tensors if _kinds(tensors) == self._kinds_of_all else None
+        weights = self._chosen(tensors)
+        if self.layout is not None and self.layout.holds(weights):
+            # Which answers for the weights; there may be others.
+            same = self._all_chosen or _kinds(tensors) == self._kinds_of_all
+        else:
+            same = _kinds(tensors) == self._kinds_of_all
+            self.layout = find_layout(weights, self.groups) if same and not self._is_sharded else None
+        return tensors if same else None
 
     def work_can_be_kept(self, l1: Strength, l2: Strength) -> bool:
         """Whether `work` may be kept: its strengths are then not new tensors made of those that were passed."""
         strengths = [l1, l2, *chain.from_iterable(self._own_strengths)]
         return len(self._own_strengths) == 1 or not any(isinstance(s, torch.Tensor) for s in strengths)
 
-    def work(self, l1: Strength, l2: Strength, impl: str | None, all_reduce: bool = True) -> Work:
-        """The weights with their groups' own strengths, or `l1` and `l2` where a group has none."""
-        device = self.weights[0].device
+    def work(
+        self, tensors: Sequence[Tensor], l1: Strength, l2: Strength, impl: str | None, all_reduce: bool = True
+    ) -> Work:
+        """The weights among the candidates with their groups' own strengths, or `l1` and `l2` where one has none."""
+        weights = self._chosen(tensors)
+        n_groups = len(self._own_strengths)
+        device = weights[0].device
         strengths = Strengths(
             per_group([l1 if own[0] is None else own[0] for own in self._own_strengths], device, "l1"),
             per_group([l2 if own[1] is None else own[1] for own in self._own_strengths], device, "l2"),
         )
-        n_groups, is_sharded = len(self._own_strengths), any_dtensor(self.weights)
-        return Work(self.names, self.weights, self.groups, n_groups, strengths, impl, is_sharded, all_reduce)
+        return Work(
+            names=self.names,
+            weights=weights,
+            groups=self.groups,
+            n_groups=n_groups,
+            strengths=strengths,
+            impl=impl,
+            is_sharded=self._is_sharded,
+            all_reduce=all_reduce,
+            are_leaves=self._are_leaves,
+            layout=self.layout,
+        )
+
+    def _chosen(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors if self._all_chosen else list(compress(tensors, self._is_chosen))
+
+
+def _kinds(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type]]:
+    return [t.requires_grad for t in tensors], list(map(type, tensors))
+
+
+# What single calls have selected, for the next one; it keeps no tensor alive.
+_REMEMBERED: dict[Hashable, Selection] = {}
+MOST_REMEMBERED = 64
 
 
 def select(
@@ -81,7 +133,33 @@ def select(
     check_impl(impl)
     check_reduce(all_reduce)
     l1, l2 = check_strength(l1, "l1"), check_strength(l2, "l2")
-    return Selection(params, include, exclude).work(l1, l2, impl, all_reduce)
+    if torch.compiler.is_compiling():
+        selection = Selection(params, include, exclude)
+        return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
+    if isinstance(params, Iterator):
+        params = list(params)
+    key = _key(params, include, exclude)
+    remembered = None if key is None else _REMEMBERED.get(key)
+    if remembered is not None:
+        tensors = remembered.current(params, is_compiling=False)
+        if tensors is not None:
+            return remembered.work(tensors, l1, l2, impl, all_reduce)
+    selection = Selection(params, include, exclude)
+    if key is not None and selection.can_be_remembered(params):
+        while len(_REMEMBERED) >= MOST_REMEMBERED and key not in _REMEMBERED:
+            _REMEMBERED.pop(next(iter(_REMEMBERED), None), None)
+        _REMEMBERED[key] = selection.remembered()
+    return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
+
+
+def _key(params: Any, include: Filter, exclude: Filter) -> Hashable:
+    """Where to find a selection again, or None for one that has to be made anew."""
+    # A callable may change its mind, and an exclude that matches nothing has to warn.
+    if not isinstance(include, (str, re.Pattern, type, type(None))) or exclude not in (None, bias_and_norm):
+        return None
+    if isinstance(params, nn.Module):
+        return id(params), include, exclude
+    return (tuple(map(id, params)), include, exclude) if isinstance(params, (list, tuple)) else None
 
 
 def check_impl(impl: object) -> None:

@@ -97,7 +97,7 @@ def sharded_sweep(
     found = local_sweep(fine, mode, scale=scale, grads=local_grads)
     assert found is not None
     rows = []
-    for group, row in zip(coarse, found.sums, strict=True):
+    for group, row in zip(coarse, found.sums(len(coarse)), strict=True):
         rows.append(torch.zeros((work.n_groups, 2), dtype=row.dtype, device=row.device))
         rows[-1][group] = row
     sums = ownership.total(rows, [index for _, index in numbers])

@@ -79,14 +79,14 @@ def _work(
     return Work(names, weights, groups, n_groups, Strengths(l1, l2), impl)
 
 
-def _sums(found: Measure | None, like: Tensor) -> Tensor:
-    return like.new_empty((0, 2), dtype=torch.float64) if found is None else found.sums
+def _sums(found: Measure | None, like: Tensor, n_groups: int) -> Tensor:
+    return like.new_empty((0, 2), dtype=torch.float64) if found is None else found.sums(n_groups)
 
 
 @library.custom_op("fastreg::group_sums", mutates_args=(), tags=_TAGS)
 def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
     """Sums of |w| and w² of each strength group, float64 [n_groups, 2]; differentiable, twice."""
-    return _sums(local_sweep(_work(weights, groups, n_groups, 1.0, 1.0, impl), Mode.VALUE), weights[0])
+    return _sums(local_sweep(_work(weights, groups, n_groups, 1.0, 1.0, impl), Mode.VALUE), weights[0], n_groups)
 
 
 @library.custom_op("fastreg::gradients", mutates_args=(), tags=_TAGS)
@@ -109,7 +109,7 @@ def add_gradient_(
 ) -> Tensor:
     """Adds `gradients` to `grads`; returns the sums of `group_sums`, or an empty tensor where not `with_value`."""
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
-    return _sums(local_sweep(work, Mode.ACCUMULATE, grads=grads, with_value=with_value), l1)
+    return _sums(local_sweep(work, Mode.ACCUMULATE, grads=grads, with_value=with_value), l1, work.n_groups)
 
 
 @library.custom_op("fastreg::prox_", mutates_args=("weights",), tags=_TAGS)
@@ -118,7 +118,7 @@ def prox_(
 ) -> Tensor:
     """Shrinks `weights` by strengths that carry the step; returns the sums before it, as `add_gradient_` does."""
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
-    return _sums(local_sweep(work, Mode.PROX, with_value=with_value), l1)
+    return _sums(local_sweep(work, Mode.PROX, with_value=with_value), l1, work.n_groups)
 
 
 def _fake_sums(l1: Tensor, with_value: bool) -> Tensor:

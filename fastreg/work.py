@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from fastreg.layout import Layout
 from fastreg.strengths import Strengths
 
 Grads: TypeAlias = Sequence[Tensor] | None  # one for each weight
@@ -22,3 +23,5 @@ class Work(NamedTuple):
     is_sharded: bool = False  # whether any weight is a DTensor
     all_reduce: bool = True  # whether their value is to be that of all ranks
     is_attached: bool = False  # whether an optimizer applies the same penalty at its steps
+    are_leaves: bool | None = None  # whether all weights are leaves of the graph, if that is known
+    layout: Layout | None = None  # of the weights, where this call has found that it still holds

@@ -1,5 +1,7 @@
 """From parts to kernel launches: pointer tables, one sweep per dtype, and one kernel that finishes the value."""
 
+import array
+import functools
 import itertools
 import operator
 from collections.abc import Hashable, Sequence
@@ -14,7 +16,7 @@ from fastreg.device_cache import DeviceCache, to_device
 from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
 from fastreg.layout import Part
-from fastreg.strengths import Scale
+from fastreg.strengths import Scale, Strength
 from fastreg.work import Grads, Work
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
@@ -26,7 +28,7 @@ MOST_CHUNKS = 8192
 MOST_BLOCKS_PER_CHUNK = 32
 NUM_WARPS = 4
 FINISH_BLOCK, FINISH_WARPS = 1024, 8
-_PARTIAL_BYTES = 16  # two float64 sums
+_ROW_BYTES = 16  # of two float64 sums
 
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
@@ -34,8 +36,6 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# Tables are filled on the host, whatever the user's default device is.
-_HOST_INT64: Any = {"dtype": torch.int64, "device": "cpu"}
 
 
 class Tables(NamedTuple):
@@ -53,7 +53,8 @@ class PointerTables:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self.cache = DeviceCache(part.device, size=8)
+        self.cache = DeviceCache(part.device, size=2)
+        self._of_gradients = DeviceCache(part.device, size=8)
 
     def of_weights(self) -> Tables:
         """Addresses and sizes of the weights, and how they are cut into chunks."""
@@ -61,11 +62,12 @@ class PointerTables:
 
     def of_gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
         """Byte offsets, int64 [n_tensors], and the base address they count from: they outlive a common move."""
-        addresses = list(map(Tensor.data_ptr, map(grads.__getitem__, self._part.positions)))
+        part = self._part
+        own = grads if len(part.positions) == len(grads) else map(grads.__getitem__, part.positions)
+        addresses = list(map(Tensor.data_ptr, own))
         base = addresses[0]
         offsets = tuple(map(operator.sub, addresses, itertools.repeat(base)))
-        table = self.cache.get(offsets, lambda: to_device(torch.tensor(offsets, **_HOST_INT64), self._part.device))
-        return table, base
+        return self._of_gradients.get(offsets, lambda: to_device(_int64(offsets), part.device)), base
 
     def _build(self) -> Tables:
         """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
@@ -75,7 +77,7 @@ class PointerTables:
         n_chunks = [-(-numel // chunk_size) for numel in part.numels]
         first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
         rows = list(zip(part.addresses, part.numels, first_chunks, part.groups, strict=True))
-        tensors = to_device(torch.tensor(rows, **_HOST_INT64), part.device)
+        tensors = to_device(_int64(tuple(itertools.chain.from_iterable(rows))).view(-1, 4), part.device)
         counts = (tensors[:, 1] + chunk_size - 1) // chunk_size
         chunk_tensor = torch.repeat_interleave(counts, output_size=sum(n_chunks))
         chunk_group = tensors[:, 3][chunk_tensor].int()
@@ -95,25 +97,28 @@ def kernel_sweep(
         # Triton launches on the current device.
         with torch.cuda.device(device):
             return kernel_sweep(parts, mode, work, grads, scale, value_dtype)
-    pointers = [part.prepared(PointerTables) for part in parts]
-    tables = [pointer.of_weights() for pointer in pointers]
-    n_chunks = sum([table.n_chunks for table in tables])
+    tables: list[tuple[Part, PointerTables, Tables]] = []
+    n_chunks = 0
+    for part in parts:
+        pointers = part.prepared(PointerTables)
+        tables.append((part, pointers, pointers.of_weights()))
+        n_chunks += tables[-1][2].n_chunks
     n_groups = work.n_groups
-    # What the kernels read is held here until they are launched.
-    factors = [_readable(f) if isinstance(f, Tensor) else f for f in (*work.strengths, *scale)]
-    at_l1, at_l2, at_scale_l1, at_scale_l2 = [f.data_ptr() if isinstance(f, Tensor) else 0 for f in factors]
-    doubles = sum([1 << i for i, f in enumerate(factors) if isinstance(f, Tensor) and f.dtype is torch.float64])
-    l1, l2, scale_l1, scale_l2 = [1.0 if isinstance(f, Tensor) else f for f in factors]
-    partials = None if value_dtype is None else torch.empty((n_chunks, 2), dtype=torch.float64, device=device)
-    next_partial = 0 if partials is None else partials.data_ptr()
-    for part, pointer, table in zip(parts, pointers, tables, strict=True):
+    factors = Factors()
+    for factor in (*work.strengths, *scale):
+        factors.add(factor)
+    l1, l2, scale_l1, scale_l2 = factors.values
+    at_l1, at_l2, at_scale_l1, at_scale_l2 = factors.addresses
+    sums = None if value_dtype is None else torch.empty((n_groups + n_chunks, 2), dtype=torch.float64, device=device)
+    next_partial = partials = 0 if sums is None else sums.data_ptr() + n_groups * _ROW_BYTES
+    for part, pointers, table in tables:
         if table.n_chunks == 0:
             continue
-        grad_table, grad_base = (None, 0) if grads is None else pointer.of_gradients(grads)
+        grad_table, grad_base = (None, 0) if grads is None else pointers.of_gradients(grads)
         _launch(
             _sweep_kernel,
             table.n_chunks,
-            (device.index, part.dtype, mode._value_, partials is None, BLOCK, NUM_WARPS),
+            (device.index, part.dtype, mode._value_, sums is None, BLOCK, NUM_WARPS),
             {
                 "table": table.tensors.data_ptr(),
                 "chunk_tensor": table.chunk_tensor.data_ptr(),
@@ -126,32 +131,32 @@ def kernel_sweep(
                 "l2_address": at_l2,
                 "scale_l1_address": at_scale_l1,
                 "scale_l2_address": at_scale_l2,
-                "doubles": doubles,
+                "doubles": factors.doubles,
                 "blocks_per_chunk": table.blocks_per_chunk,
             },
             {
                 "DTYPE": _TRITON_DTYPES[part.dtype],
                 "MODE": mode._value_,  # `mode.value` is a slower property
-                "REDUCE": partials is not None,
+                "REDUCE": sums is not None,
                 "BLOCK": BLOCK,
             },
             NUM_WARPS,
         )
-        next_partial += _PARTIAL_BYTES * table.n_chunks
-    if partials is None or value_dtype is None:
+        next_partial += table.n_chunks * _ROW_BYTES
+    if sums is None or value_dtype is None:
         return None
-    sums = torch.empty((n_groups, 2), dtype=torch.float64, device=device)
-    total, l1_term, l2_term = [torch.empty((), dtype=value_dtype, device=device) for _ in range(3)]
+    total = torch.empty((), dtype=value_dtype, device=device)
+    l1_term, l2_term = torch.empty_like(total), torch.empty_like(total)
     chunk_group = None
     if n_groups > 1:
-        cache = pointers[0].cache
-        chunk_group = cache.get("groups of all parts", lambda: torch.cat([t.chunk_group for t in tables]))
+        of_all = functools.partial(torch.cat, [table.chunk_group for _, _, table in tables])
+        chunk_group = tables[0][1].cache.get("groups of all parts", of_all)
     _launch(
         _finish_kernel,
         1 + n_groups,
         (device.index, value_dtype, FINISH_BLOCK, FINISH_WARPS),
         {
-            "partials": partials.data_ptr(),
+            "partials": partials,
             "chunk_group": 0 if chunk_group is None else chunk_group.data_ptr(),
             "total": total.data_ptr(),
             "l1_term": l1_term.data_ptr(),
@@ -161,7 +166,7 @@ def kernel_sweep(
             "l2": l2,
             "l1_address": at_l1,
             "l2_address": at_l2,
-            "doubles": doubles,
+            "doubles": factors.doubles,
             "n_chunks": n_chunks,
         },
         {"VALUE_DTYPE": _TRITON_DTYPES[value_dtype], "BLOCK": FINISH_BLOCK},
@@ -170,9 +175,32 @@ def kernel_sweep(
     return Measure(Penalty(total, l1_term, l2_term), sums)
 
 
-def _readable(factor: Tensor) -> Tensor:
-    """A strength or scale in one of the dtypes that the kernels read."""
-    return factor if factor.dtype in (torch.float64, torch.float32) else factor.double()
+def _int64(numbers: Sequence[int]) -> Tensor:
+    """`numbers` in host memory. Faster than torch.tensor(), which counts where gradients move at every step."""
+    return torch.frombuffer(array.array("q", numbers), dtype=torch.int64)
+
+
+class Factors:
+    """Strengths and scales as kernels take them: floats, and addresses of those in device memory."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.addresses: list[int] = []
+        self.doubles = 0  # a bit for each that is float64 in device memory
+        self._held: list[Tensor] = []  # until the kernels are launched
+
+    def add(self, factor: Strength) -> None:
+        """Appends a float, or a floating-point tensor."""
+        if not isinstance(factor, Tensor):
+            self.values.append(factor)
+            self.addresses.append(0)
+            return
+        if factor.dtype not in (torch.float64, torch.float32):
+            factor = factor.double()
+            self._held.append(factor)
+        self.doubles |= (factor.dtype == torch.float64) << len(self.values)
+        self.values.append(1.0)
+        self.addresses.append(factor.data_ptr())
 
 
 _COMPILED: dict[Hashable, Any] = {}

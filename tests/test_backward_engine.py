@@ -202,7 +202,6 @@ NOT_DIRECT = {
     inputs_that_are_no_weights,
     values_without_a_graph,
     some_inputs,
-    frozen_between_forward_and_backward,
 }
 
 
