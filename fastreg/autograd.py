@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from fastreg import formulas
-from fastreg.direct import apply, is_gradient_seen, must_return_gradients, only_accumulates, run_after_backward
+from fastreg.direct import (
+    apply,
+    are_hooked,
+    must_return_gradients,
+    note_hooks,
+    only_accumulates,
+    run_after_backward,
+)
 from fastreg.dtensor import as_dtensors, is_dtensor, local_shards
 from fastreg.formulas import Mode, Penalty
 from fastreg.inplace import add_gradient
+from fastreg.layout import WeightState
 from fastreg.local import is_dense
 from fastreg.strengths import Scale, Strength, Strengths
 from fastreg.sweep import sweep_for
 from fastreg.traced import traced_sweep
-from fastreg.weight_state import WeightState
 from fastreg.work import Work
 
 _TWICE = (
@@ -66,8 +73,9 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             saved += [w for w in weights if not w.is_leaf]
         ctx.work = work._replace(weights=(), strengths=_without_tensors(l1, l2)) if saved else work
         ctx.state = WeightState(ctx.leaves, work.is_sharded, work.layout if work.are_leaves else None)
-        mode, ctx.gradients = Mode.VALUE, None
-        if any(ctx.needs_input_grad[_FIRST_WEIGHT:]) and _expects_to_return(work):
+        mode, ctx.gradients, ctx.run = Mode.VALUE, None, run
+        ctx.must_return = not work.are_leaves or must_return_gradients(work.is_sharded)
+        if any(ctx.needs_input_grad[_FIRST_WEIGHT:]) and (ctx.must_return or _expects_hooks(work)):
             mode, ctx.gradients = Mode.GRADIENT, _empty_gradients(weights)
         found = run(work, mode, grads=ctx.gradients)
         assert found is not None
@@ -103,15 +111,10 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             return (*grads,)
         if work.is_attached:
             warnings.warn(_TWICE, stacklevel=1)
-        is_seen = not work.are_leaves or is_gradient_seen(work.weights, work.layout)
+        must_return = ctx.must_return or are_hooked(work.weights)
         if work.layout is not None:
-            work.layout.was_seen = is_seen
-        if (
-            ctx.gradients is None
-            and not is_seen
-            and not must_return_gradients(work.is_sharded)
-            and only_accumulates(ctx, len(work.weights))
-        ):
+            work.layout.were_hooked = must_return
+        if ctx.gradients is None and not must_return and only_accumulates(ctx, len(work.weights)):
             _write_after_backward(ctx, work, scale)
         else:
             work = work._replace(layout=ctx.state.check(ctx.leaves))
@@ -119,13 +122,14 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         return (*grads,)
 
 
-def _expects_to_return(work: Work) -> bool:
-    """Whether backward will probably have to return the gradients, which are then formed with the value."""
-    if not work.are_leaves or must_return_gradients(work.is_sharded):
-        return True
-    # Hooks come and go seldom: what the last backward pass found saves asking every weight twice.
-    known = None if work.layout is None else work.layout.was_seen
-    return is_gradient_seen(work.weights, work.layout) if known is None else known
+note_hooks(ElasticPenaltyFunction)
+
+
+def _expects_hooks(work: Work) -> bool:
+    """Whether hooks will probably want to see the gradients, which are then formed with the value."""
+    # They come and go seldom: what the last backward pass found saves asking every weight twice.
+    known = None if work.layout is None else work.layout.were_hooked
+    return are_hooked(work.weights) if known is None else known
 
 
 def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
@@ -136,6 +140,7 @@ def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
         l1, l2 = [s.clone() if isinstance(s, Tensor) else s for s in (l1, l2)]
         work = work._replace(strengths=Strengths(l1, l2))
     state: WeightState = ctx.state
+    run = ctx.run
 
     def write() -> None:
         layout = state.check(work.weights)
@@ -143,7 +148,7 @@ def _write_after_backward(ctx: Any, work: Work, scale: Scale) -> None:
         if layout is None:
             now = _unfrozen(now)
         if now.weights:
-            add_gradient(now, scale=scale, with_value=False)
+            add_gradient(now, scale=scale, with_value=False, any_dtype=True, run=run)
 
     run_after_backward(write, work.weights[0].device, (l1, l2, *scale))
 

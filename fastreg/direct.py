@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.layout import Layout
-
 _HAS_DISTRIBUTED = torch.distributed.is_available()
-_HAS_GRAD_DTYPE = hasattr(Tensor, "grad_dtype")
 _HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
     torch.autograd.Variable._execution_engine, "queue_callback"
 )
-_HOOKS, _POST_HOOKS, _DTYPE, _GRAD_DTYPE = map(
-    operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks", "dtype", "grad_dtype")
-)
+_HOOKS, _POST_HOOKS = map(operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def apply(function: Any, *inputs: Any) -> Any:
@@ -37,37 +32,45 @@ def apply(function: Any, *inputs: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*inputs)
 
 
+def note_hooks(function: Any) -> None:
+    """Has the graph's nodes of an autograd Function note in `was_hooked` that a hook was put on them."""
+    node_class = getattr(function, "_backward_cls", None)
+    if node_class is not None:
+
+        def register_hook(node: Any, hook: Any) -> Any:
+            node.was_hooked = True
+            return super(node_class, node).register_hook(hook)
+
+        node_class.was_hooked = False
+        node_class.register_hook = register_hook
+
+
 def must_return_gradients(is_sharded: bool) -> bool:
-    """Whether no backward pass may write gradients itself here and now, whatever the weights."""
+    """Whether this is no place for backward passes that write gradients themselves, whatever the weights."""
     # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
     # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
     # itself, on a stream that is safe to follow only when the backward pass is over.
-    if _HAS_DISTRIBUTED and torch.distributed.is_initialized() and not is_sharded:
+    if not _HAS_ENGINE_ENTRY_POINTS or (not is_sharded and _HAS_DISTRIBUTED and torch.distributed.is_initialized()):
         return True
-    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    return (
-        torch.is_anomaly_enabled()
-        or not _HAS_ENGINE_ENTRY_POINTS
-        or bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
-    )
+    return torch.is_anomaly_enabled() or _is_compiled()
 
 
-def is_gradient_seen(weights: Sequence[Tensor], layout: Layout | None) -> bool:
-    """Whether hooks of the weights would see their gradients, or a `grad_dtype` of another dtype change them."""
+def are_hooked(weights: Sequence[Tensor]) -> bool:
+    """Whether hooks of the weights would see their gradients."""
     # One pass in C for each attribute is twice as fast as one loop in Python over the weights.
-    if any(map(_HOOKS, weights)) or any(map(_POST_HOOKS, weights)):
-        return True
-    dtypes = list(map(_DTYPE, weights)) if layout is None else layout.dtypes
-    return _HAS_GRAD_DTYPE and list(map(_GRAD_DTYPE, weights)) != dtypes
+    return any(map(_HOOKS, weights)) or any(map(_POST_HOOKS, weights))
 
 
 def only_accumulates(node: Any, n_weights: int) -> bool:
     """Whether the running pass does nothing with the last `n_weights` gradients of `node` but add each to its .grad."""
-    handle = node.register_hook(lambda inputs, outputs: None)
-    hooks = handle.hooks_dict_ref()
-    handle.remove()
-    if hooks:  # of others, who will see what the node returns
+    if torch.is_anomaly_enabled() or _is_compiled():
         return False
+    if getattr(node, "was_hooked", True):
+        handle = node.register_hook(lambda inputs, outputs: None)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:  # of others, who will see what the node returns
+            return False
     nodes = [each for each, _ in node.next_functions[-n_weights:]]
     # Whoever holds an AccumulateGrad node does so to hook it; to ask all of them for their hooks takes too long.
     if set(map(type, nodes)) != {_ACCUMULATE_GRAD} or max(map(sys.getrefcount, nodes)) > _UNSHARED:
@@ -76,6 +79,12 @@ def only_accumulates(node: Any, n_weights: int) -> bool:
         return all(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:  # torch.autograd.grad
         return False
+
+
+def _is_compiled() -> bool:
+    """Whether compiled autograd records the backward pass."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(getattr(module, "compiled_autograd_enabled", False))
 
 
 def run_after_backward(callback: Callable[[], None], device: torch.device, tensors: Sequence[object]) -> None:

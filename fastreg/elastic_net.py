@@ -121,9 +121,12 @@ class ElasticNet:
 
     def add_grad_(self, *, reduce: bool = True) -> Penalty:
         """Adds the penalty's gradient to .grad and returns the penalty; see `add_elastic_grad_`."""
-        check_reduce(reduce)
+        work = self._current()
+        if reduce is not True:
+            check_reduce(reduce)
+            work = work._replace(all_reduce=False)
         with torch.no_grad():
-            return _penalty(add_gradient(self._current()._replace(all_reduce=reduce)))
+            return _penalty(add_gradient(work))
 
     def prox_(self, lr: Strength) -> None:
         """Shrinks the weights by the proximal step of size `lr`; see `elastic_prox_`."""

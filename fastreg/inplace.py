@@ -1,6 +1,6 @@
 """The gradient into .grad and the proximal step into the weights, in memory that is checked before the first write."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +13,35 @@ from fastreg.strengths import UNSCALED, Scale, Strength, Strengths, per_group
 from fastreg.sweep import sweep_for
 from fastreg.work import Work
 
-def add_gradient(work: Work, *, scale: Scale = UNSCALED, with_value: bool = True) -> Measure | None:
+
+def add_gradient(
+    work: Work,
+    *,
+    scale: Scale = UNSCALED,
+    with_value: bool = True,
+    any_dtype: bool = False,
+    run: Callable[..., Measure | None] | None = None,
+) -> Measure | None:
     """Adds the penalty's gradient to .grad, which is created where it is None, in one sweep.
 
     Raises TypeError, ValueError or RuntimeError, before anything is written, for a .grad of another dtype, device or
-    shape than its weight, or that cannot be changed in place.
+    shape than its weight, or that cannot be changed in place. With `any_dtype` a .grad may have another dtype, as
+    `Tensor.grad_dtype` allows. `run` is the function that sweeps, where the caller has chosen it.
     """
-    run = sweep_for(work)
+    run = run or sweep_for(work)
     grads: list[Any] = [w.grad for w in work.weights]
     if run is local_sweep and work.layout is not None and work.layout.accepts(grads):
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
-    else:
-        grads = list(map(_usable_gradient, work.weights, grads, work.names))
-        found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
-        for w, grad in zip(work.weights, grads, strict=True):
-            if w.grad is not grad:
-                w.grad = grad
+        torch.autograd.graph.increment_version(grads)
+        return found
+    old = [None if any_dtype and _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
+    grads = list(map(_usable_gradient, work.weights, old, work.names))
+    found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
+    for w, grad in zip(work.weights, grads, strict=True):
+        if any_dtype and w.grad is not grad:
+            _store_gradient(w, grad)
+        elif w.grad is not grad:
+            w.grad = grad
     _mark_changed(work, grads)
     return found
 
@@ -88,6 +101,21 @@ def _usable_gradient(weight: Tensor, grad: Tensor | None, name: str) -> Tensor:
     part = None if grad is None else local_shard(grad)
     usable = _usable_part(part, local_shard(weight), name)
     return grad if grad is not None and usable is part else as_dtensors([usable], [weight])[0]
+
+
+def _has_own_dtype(weight: Any) -> bool:
+    """Whether the gradient of `weight` has another dtype, or is to have one."""
+    dtype = getattr(weight, "grad_dtype", None) if weight.grad is None else weight.grad.dtype
+    return dtype is not None and dtype != weight.dtype
+
+
+def _store_gradient(weight: Any, grad: Tensor) -> None:
+    if not _has_own_dtype(weight):
+        weight.grad = grad
+    elif weight.grad is None:
+        weight.grad = grad.to(weight.grad_dtype)
+    else:
+        weight.grad.add_(grad)
 
 
 def _usable_part(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:

@@ -4,13 +4,16 @@ A layout holds addresses and sizes, never tensors, so that caching it keeps no m
 Python asks of hundreds of tensors: each is asked for its address, and torch.compile's guards ask the rest, in C++.
 """
 
+import operator
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastreg.dtensor import is_dtensor, local_shard
 from fastreg.formulas import value_dtype
 
 T = TypeVar("T")
@@ -62,10 +65,9 @@ class Layout:
         self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self.groups = list(groups)
-        self.dtypes = [w.dtype for w in weights]
         self.identity = _identity(weights, self.addresses)
-        # Whether hooks saw the last gradient of these weights; None before there was one.
-        self.was_seen: bool | None = None
+        # Whether hooks had to see the last gradient of these weights; None before there was one.
+        self.were_hooked: bool | None = None
         self._is_like = snapshot(weights)
         self._is_like_grads: Callable[..., bool] | None = None
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
@@ -130,3 +132,51 @@ def forget_layouts() -> None:
     """Empties the cache."""
     with _STORING:
         _LAYOUTS.clear()
+
+
+_VERSION, _SHAPE = map(operator.attrgetter, ("_version", "shape"))
+
+
+class WeightState:
+    """Where each weight lies, its shape, and how often it was changed in place.
+
+    The shard of a DTensor counts by itself. FSDP2 may give a weight another shard object, which is no change.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], is_sharded: bool, layout: Layout | None) -> None:
+        """`layout` is that of the weights, if it is known: only versions then need to be noted."""
+        self._layout = None if is_sharded else layout
+        self._facts = _facts(weights, self._layout)
+        shards = [(i, local_shard(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
+        self._shards = [(i, weakref.ref(shard), _facts([shard], None)) for i, shard in shards]
+
+    def check(self, weights: Sequence[Tensor]) -> Layout | None:
+        """Raises RuntimeError where one of the same weights was changed since, in place or by assigning `.data`.
+
+        Returns their layout, if it is known and still holds.
+        """
+        layout = self._layout
+        changed = _facts(weights, layout) != self._facts
+        if layout is not None and not layout.holds(weights):
+            # Not a change by itself: backward may run under autocast, or after a weight was frozen.
+            changed |= not layout.is_of(weights)
+            layout = None
+        for i, shard, facts in self._shards:
+            now = local_shard(weights[i])
+            changed |= shard() is now and _facts([now], None) != facts
+        if changed:
+            raise RuntimeError(
+                "one of the weights needed for the gradient of the elastic penalty was modified by an in-place "
+                "operation, or given other .data, between forward and backward; call backward before optimizer.step(), "
+                "or compute the penalty again"
+            )
+        return layout
+
+
+def _facts(weights: Sequence[Tensor], layout: Layout | None) -> list[object]:
+    try:
+        if layout is not None:
+            return list(map(_VERSION, weights))
+        return [*map(_VERSION, weights), *map(Tensor.data_ptr, weights), *map(_SHAPE, weights)]
+    except RuntimeError:  # an inference tensor, a DTensor
+        return [(0 if w.is_inference() else w._version, 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]

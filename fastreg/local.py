@@ -3,7 +3,9 @@
 import functools
 import itertools
 import operator
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,20 +78,22 @@ def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure
     """`kernel_sweep` or `block_sweep`, the one place that decides; RuntimeError where "triton" cannot be had."""
     if impl == "torch" or (impl is None and device.type != "cuda"):
         return block_sweep
-    try:
-        import fastreg.kernels as kernels  # cheaper at every call than `from fastreg import kernels`
-    except ImportError as error:
-        if impl is None:
-            return block_sweep
-        raise RuntimeError(
-            'impl="triton" needs Triton, which is not installed; install it, or leave impl out'
-        ) from error
+    kernels: Any = sys.modules.get("fastreg.kernels")  # an import statement takes its time at every call
+    if kernels is None:
+        try:
+            from fastreg import kernels
+        except ImportError as error:
+            if impl is None:
+                return block_sweep
+            raise RuntimeError(
+                'impl="triton" needs Triton, which is not installed; install it, or leave impl out'
+            ) from error
     if device.type != "cuda" and not (device.type == "cpu" and kernels.INTERPRETED):
         raise RuntimeError(
             f'impl="triton" cannot run on {device.type} tensors; leave impl out, move the weights to a GPU, or set '
             "TRITON_INTERPRET=1 before fastreg is first used"
         )
-    return kernels.kernel_sweep
+    return kernels.kernel_sweep  # type: ignore[no-any-return]
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from fastreg.device_cache import DeviceCache, to_device
 from fastreg.formulas import Measure, Mode, Penalty
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
 from fastreg.layout import Part
-from fastreg.strengths import Scale, Strength
+from fastreg.strengths import Scale
 from fastreg.work import Grads, Work
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
@@ -66,8 +66,8 @@ class PointerTables:
         own = grads if len(part.positions) == len(grads) else map(grads.__getitem__, part.positions)
         addresses = list(map(Tensor.data_ptr, own))
         base = addresses[0]
-        offsets = tuple(map(operator.sub, addresses, itertools.repeat(base)))
-        return self._of_gradients.get(offsets, lambda: to_device(_int64(offsets), part.device)), base
+        offsets = array.array("q", map(operator.sub, addresses, itertools.repeat(base)))
+        return self._of_gradients.get(offsets.tobytes(), lambda: to_device(_int64(offsets), part.device)), base
 
     def _build(self) -> Tables:
         """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
@@ -77,7 +77,8 @@ class PointerTables:
         n_chunks = [-(-numel // chunk_size) for numel in part.numels]
         first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
         rows = list(zip(part.addresses, part.numels, first_chunks, part.groups, strict=True))
-        tensors = to_device(_int64(tuple(itertools.chain.from_iterable(rows))).view(-1, 4), part.device)
+        numbers = array.array("q", itertools.chain.from_iterable(rows))
+        tensors = to_device(_int64(numbers).view(-1, 4), part.device)
         counts = (tensors[:, 1] + chunk_size - 1) // chunk_size
         chunk_tensor = torch.repeat_interleave(counts, output_size=sum(n_chunks))
         chunk_group = tensors[:, 3][chunk_tensor].int()
@@ -104,11 +105,17 @@ def kernel_sweep(
         tables.append((part, pointers, pointers.of_weights()))
         n_chunks += tables[-1][2].n_chunks
     n_groups = work.n_groups
-    factors = Factors()
-    for factor in (*work.strengths, *scale):
-        factors.add(factor)
-    l1, l2, scale_l1, scale_l2 = factors.values
-    at_l1, at_l2, at_scale_l1, at_scale_l2 = factors.addresses
+    # Strengths and scales as kernels take them: as floats, and by address those that are in device memory.
+    factors: list[Any] = [*work.strengths, *scale]
+    values, addresses, doubles = factors[:], [0, 0, 0, 0], 0
+    for i, factor in enumerate(factors):
+        if isinstance(factor, Tensor):
+            if factor.dtype not in (torch.float64, torch.float32):
+                factor = factors[i] = factor.double()  # which has to live until the kernels are launched
+            values[i], addresses[i] = 1.0, factor.data_ptr()
+            doubles |= (factor.dtype == torch.float64) << i
+    l1, l2, scale_l1, scale_l2 = values
+    at_l1, at_l2, at_scale_l1, at_scale_l2 = addresses
     sums = None if value_dtype is None else torch.empty((n_groups + n_chunks, 2), dtype=torch.float64, device=device)
     next_partial = partials = 0 if sums is None else sums.data_ptr() + n_groups * _ROW_BYTES
     for part, pointers, table in tables:
@@ -131,7 +138,7 @@ def kernel_sweep(
                 "l2_address": at_l2,
                 "scale_l1_address": at_scale_l1,
                 "scale_l2_address": at_scale_l2,
-                "doubles": factors.doubles,
+                "doubles": doubles,
                 "blocks_per_chunk": table.blocks_per_chunk,
             },
             {
@@ -166,7 +173,7 @@ def kernel_sweep(
             "l2": l2,
             "l1_address": at_l1,
             "l2_address": at_l2,
-            "doubles": factors.doubles,
+            "doubles": doubles,
             "n_chunks": n_chunks,
         },
         {"VALUE_DTYPE": _TRITON_DTYPES[value_dtype], "BLOCK": FINISH_BLOCK},
@@ -175,32 +182,9 @@ def kernel_sweep(
     return Measure(Penalty(total, l1_term, l2_term), sums)
 
 
-def _int64(numbers: Sequence[int]) -> Tensor:
-    """`numbers` in host memory. Faster than torch.tensor(), which counts where gradients move at every step."""
-    return torch.frombuffer(array.array("q", numbers), dtype=torch.int64)
-
-
-class Factors:
-    """Strengths and scales as kernels take them: floats, and addresses of those in device memory."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.addresses: list[int] = []
-        self.doubles = 0  # a bit for each that is float64 in device memory
-        self._held: list[Tensor] = []  # until the kernels are launched
-
-    def add(self, factor: Strength) -> None:
-        """Appends a float, or a floating-point tensor."""
-        if not isinstance(factor, Tensor):
-            self.values.append(factor)
-            self.addresses.append(0)
-            return
-        if factor.dtype not in (torch.float64, torch.float32):
-            factor = factor.double()
-            self._held.append(factor)
-        self.doubles |= (factor.dtype == torch.float64) << len(self.values)
-        self.values.append(1.0)
-        self.addresses.append(factor.data_ptr())
+def _int64(numbers: "array.array[int]") -> Tensor:
+    """A view of `numbers`. Faster than torch.tensor(), which counts where gradients move at every step."""
+    return torch.frombuffer(numbers, dtype=torch.int64)
 
 
 _COMPILED: dict[Hashable, Any] = {}
