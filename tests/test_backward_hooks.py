@@ -257,3 +257,47 @@ def test_functional_call(path: Path) -> None:
     assert weight.grad is not None
     assert torch.equal(weight.grad, weight)
     assert module.weight.grad is None
+
+
+def test_hooks_that_come_and_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the last backward pass found decides only how the next gradient is formed, never who sees it."""
+    scene = Scene("direct", path, lambda device: [grid(n, device=device).requires_grad_() for n in (3, 7)])
+    modes = spy_on_sweeps(monkeypatch)
+    seen: list[Tensor] = []
+
+    def ways() -> list[Mode]:
+        modes.clear()
+        seen.clear()
+        for w in scene.weights:
+            w.grad = None
+        scene.penalty().backward()
+        assert_same([w.grad for w in scene.weights], expected)
+        return list(modes)
+
+    for w in scene.weights:
+        w.grad = None
+    scene.penalty().backward()
+    expected = [w.grad for w in scene.weights]
+    direct, late, returned = [Mode.VALUE, Mode.ACCUMULATE], [Mode.VALUE, Mode.GRADIENT], [Mode.GRADIENT, Mode.RESCALE]
+    assert ways() == direct
+    for register in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+        handle = register(scene.weights[1], lambda tensor: seen.append(tensor))
+        assert ways() == late
+        assert len(seen) == 1
+        assert ways() == returned
+        assert len(seen) == 1
+        handle.remove()
+        assert ways() == returned
+        assert ways() == direct
+
+
+def test_a_hook_on_the_penalty_once_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene("direct", path)
+    modes = spy_on_sweeps(monkeypatch)
+    penalty = scene.penalty()
+    node = penalty.grad_fn
+    assert node is not None
+    handle = node.register_hook(lambda inputs, outputs: pytest.fail("removed"))
+    handle.remove()
+    penalty.backward()
+    assert modes == [Mode.VALUE, Mode.ACCUMULATE]
