@@ -1,7 +1,7 @@
 """Attaching a penalty to an optimizer: before every step its gradient, or after every step its proximal step."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ class Attachment:
         _check(optimizer, mode)
         self._optimizer = weakref.ref(optimizer)
         work = current()
-        _group_of_each(optimizer, work)
+        membership = _Membership()
+        membership.groups(optimizer, work)
         if mode == "prox":
             _steps(optimizer)
         self._weight_ids = set(map(id, work.weights))
@@ -56,23 +57,21 @@ class Attachment:
                     'penalty to the loss in the closure, or attach it with mode="prox"'
                 )
             work = current()
-            _group_of_each(optimizer, work)
+            membership.groups(optimizer, work)
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
             scale = getattr(optimizer, "grad_scale", None)
             with torch.no_grad():
                 publish(add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale)))
 
         def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _group_of_each(optimizer, current())  # raises before the step, not half way
+            membership.groups(optimizer, current())  # raises before the step, not half way
             _steps(optimizer)
 
         def shrink(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             work, steps = current(), _steps(optimizer)
-            groups = _group_of_each(optimizer, work)
-            used = list(dict.fromkeys(groups))
-            used_steps, step_groups = [steps[i] for i in used], [used.index(i) for i in groups]
+            used, step_groups = membership.groups(optimizer, work)
             with torch.no_grad():
-                publish(apply_prox(work, used_steps, step_groups, with_value=True))
+                publish(apply_prox(work, [steps[i] for i in used], step_groups, with_value=True))
 
         self._hooks = [optimizer.register_step_pre_hook(add if mode == "grad" else check)]
         if mode == "prox":
@@ -104,13 +103,31 @@ def _check(optimizer: Any, mode: str) -> None:
         raise ValueError('maximize=True would reward the penalty; attach with mode="prox", or minimize -loss')
 
 
-def _group_of_each(optimizer: Optimizer, work: Work) -> list[int]:
-    """The optimizer's param group of each weight; raises ValueError for a weight that the optimizer does not hold."""
-    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    for name, w in zip(work.names, work.weights, strict=True):
-        if id(w) not in group_of:
-            raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
-    return [group_of[id(w)] for w in work.weights]
+class _Membership:
+    """In which param groups of an optimizer the weights are, found anew when either of them changed."""
+
+    def __init__(self) -> None:
+        self._weights: Sequence[Tensor] | None = None
+        self._params: list[list[int]] = []
+        self._found: tuple[list[int], list[int]] = [], []
+
+    def groups(self, optimizer: Optimizer, work: Work) -> tuple[list[int], list[int]]:
+        """The param groups that hold any weight, and of each weight the number of its group among these.
+
+        Raises ValueError for a weight that the optimizer does not hold.
+        """
+        params = [list(map(id, group["params"])) for group in optimizer.param_groups]
+        if work.weights is self._weights and params == self._params:
+            return self._found
+        group_of = {each: i for i, group in enumerate(params) for each in group}
+        for name, w in zip(work.names, work.weights, strict=True):
+            if id(w) not in group_of:
+                raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
+        groups = [group_of[id(w)] for w in work.weights]
+        used = list(dict.fromkeys(groups))
+        self._found = used, [used.index(i) for i in groups]
+        self._weights, self._params = work.weights, params
+        return self._found
 
 
 def _steps(optimizer: Optimizer) -> list[Strength]:

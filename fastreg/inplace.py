@@ -56,10 +56,13 @@ def apply_prox(
     """
     weights = work.weights
     parts = local_shards(weights) if work.is_sharded else weights
-    is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
-    if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
-        for name, w in zip(work.names, parts, strict=True):
-            _check_writable(w, f"parameter {name!r}")
+    if work.layout is None or not work.layout.may_be_written:
+        is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
+        if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
+            for name, w in zip(work.names, parts, strict=True):
+                _check_writable(w, f"parameter {name!r}")
+        if work.layout is not None:
+            work.layout.may_be_written = not torch.is_inference_mode_enabled()
     run = sweep_for(work)
     device = weights[0].device
     if step_groups is None or len(steps) == 1:
@@ -72,7 +75,7 @@ def apply_prox(
         plain = [work.strengths.of_group(group) for group, _ in numbers]
         scaled = [work.strengths.of_group(group, Scale(steps[i], steps[i])) for group, i in numbers]
         fine = [numbers[pair] for pair in pairs]
-        refined = work._replace(groups=fine, n_groups=len(numbers), strengths=_columns(scaled, device))
+        refined = work.regrouped(fine, len(numbers), _columns(scaled, device))
         found = run(refined, Mode.PROX, with_value=with_value)
         if found is not None:
             found = weighted_terms(found.sums(len(numbers)), _columns(plain, device), found.penalty.total.dtype)

@@ -68,6 +68,8 @@ class Layout:
         self.identity = _identity(weights, self.addresses)
         # Whether hooks had to see the last gradient of these weights; None before there was one.
         self.were_hooked: bool | None = None
+        # Whether the weights were found to be free to be changed in place, which what is compared covers.
+        self.may_be_written = False
         self._is_like = snapshot(weights)
         self._is_like_grads: Callable[..., bool] | None = None
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}

@@ -89,11 +89,8 @@ def sharded_sweep(
     coarse = [group for group, _ in numbers]
     device = work.weights[0].device
     columns = [[s[group] if isinstance(s, Tensor) and s.ndim else s for group in coarse] for s in work.strengths]
-    fine = parts._replace(
-        groups=[numbers[pair] for pair in pairs],
-        n_groups=len(numbers),
-        strengths=Strengths(per_group(columns[0], device, "l1"), per_group(columns[1], device, "l2")),
-    )
+    strengths = Strengths(per_group(columns[0], device, "l1"), per_group(columns[1], device, "l2"))
+    fine = parts.regrouped([numbers[pair] for pair in pairs], len(numbers), strengths)
     found = local_sweep(fine, mode, scale=scale, grads=local_grads)
     assert found is not None
     rows = []

@@ -25,3 +25,7 @@ class Work(NamedTuple):
     is_attached: bool = False  # whether an optimizer applies the same penalty at its steps
     are_leaves: bool | None = None  # whether all weights are leaves of the graph, if that is known
     layout: Layout | None = None  # of the weights, where this call has found that it still holds
+
+    def regrouped(self, groups: list[int], n_groups: int, strengths: Strengths) -> "Work":
+        """The same weights in other strength groups, of which no layout is known: a layout has groups in it."""
+        return self._replace(groups=groups, n_groups=n_groups, strengths=strengths, layout=None)

@@ -154,6 +154,30 @@ def test_groups_of_strengths_times_groups_of_learning_rates(path: Path, kind: st
             assert (abs(oracle.array(w) - (oracle.array(old) - step)) <= oracle.FLOAT32_ULP * scale).all()
 
 
+@pytest.mark.parametrize("n_strengths", [1, 2])
+def test_values_between_the_steps_change_nothing(path: Path, n_strengths: int) -> None:
+    """What a value learns of the weights' memory is for its own groups, not for those of a step."""
+    impl, device = path
+
+    def trained(with_values: bool) -> list[Tensor]:
+        weights = [nn.Parameter(torch.linspace(-1, 1, n, device=device)) for n in (300, 1, 40, 7)]
+        optimizer = SGD([{"params": weights[i::2], "lr": lr} for i, lr in enumerate((0.5, 0.125))])
+        groups = [{"params": weights[:2], "l1": 0.25}, {"params": weights[2:]}]
+        reg = ElasticNet(groups if n_strengths == 2 else weights, 0.125, 0.25, impl=impl)
+        reg.attach(optimizer, mode="prox")
+        for _ in range(3):
+            for w in weights:
+                w.grad = torch.ones_like(w)
+            if with_values:
+                with torch.no_grad():
+                    reg()
+            optimizer.step()
+        return [w.detach() for w in weights]
+
+    for found, expected in zip(trained(with_values=True), trained(with_values=False), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_clipping_does_not_see_the_penalty() -> None:
     def clip(model: nn.Module) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
