@@ -1,8 +1,9 @@
 """Memory that the PyTorch path works in, with views of it that cost an operator call each to make."""
 
+import math
 import threading
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,45 +12,51 @@ from torch import Tensor
 MOST_VIEWS = 1 << 14
 
 
+class Pack(NamedTuple):
+    """A vector, and parts of it one after the other; behind them it may be filled up with what happens to be there."""
+
+    vector: Tensor
+    parts: tuple[Tensor, ...]
+
+
 class Memory:
     """Named buffers of one device, each of at least `reserve` elements."""
 
     def __init__(self, device: torch.device, reserve: int = 0) -> None:
         self._device, self._reserve = device, reserve
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[Hashable, Any] = {}
+        self._packs: dict[Hashable, Pack] = {}
         self._n_views = 0
 
-    def view(
-        self, name: str, dtype: torch.dtype, n: int, key: Hashable = None, make: Any = None, n_views: int = 1
-    ) -> Any:
-        """`n` elements, the same at every call with this name and dtype.
-
-        Or what `make` makes of them: `n_views` views, kept under `key`, which tells all that they depend on.
-        """
-        found = self._views.get((name, dtype, n, key))
+    def pack(self, name: str, dtype: torch.dtype, shapes: tuple[torch.Size, ...], multiple: int = 1) -> Pack:
+        """Parts in these shapes of a vector whose length is a `multiple`: the same at every call with the same name."""
+        key = name, dtype, shapes, multiple
+        found = self._packs.get(key)
         if found is None:
             # Made for every later call, in whatever mode that is.
             with torch.inference_mode(False), torch.no_grad():
-                found = self._buffer(name, dtype, n)[:n]
-                found = found if make is None else make(found)
+                found = self._cut(name, dtype, shapes, multiple)
             if self._n_views >= MOST_VIEWS:
-                self._forget_views()
-            self._views[name, dtype, n, key] = found
-            self._n_views += n_views
+                self._forget_packs()
+            self._packs[key] = found
+            self._n_views += 1 + len(shapes)
         return found
 
-    def _buffer(self, name: str, dtype: torch.dtype, n: int) -> Tensor:
+    def _cut(self, name: str, dtype: torch.dtype, shapes: Sequence[torch.Size], multiple: int) -> Pack:
+        sizes = list(map(math.prod, shapes))
+        n = sum(sizes)
+        padded = -(-n // multiple) * multiple
         buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < n:
-            self._forget_views()
+        if buffer is None or buffer.numel() < padded:
+            self._forget_packs()
             # All at once where it will be kept: pages that are never touched take no memory.
-            size = max(n, self._reserve)
+            size = max(padded, self._reserve)
             buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self._device)
-        return buffer
+        parts = torch.split_with_sizes(buffer[:n], sizes)
+        return Pack(buffer[:padded], tuple([part.view(shape) for part, shape in zip(parts, shapes, strict=True)]))
 
-    def _forget_views(self) -> None:
-        self._views.clear()
+    def _forget_packs(self) -> None:
+        self._packs.clear()
         self._n_views = 0
 
 
