@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 _PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
 
+Pieces: TypeAlias = Sequence[Tensor]
+
+
 class Block(NamedTuple):
     """Pieces of weights of one strength group that are worked on together; numbers are places in the list of pieces."""
 
@@ -28,20 +31,20 @@ class Block(NamedTuple):
 
 
 class BlockOps:
-    """Operations on the blocks of weights of one dtype on one device, whose scratch memory is `memory`."""
+    """Operations on the blocks of weights of one dtype on one device, in scratch memory of that device."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, memory: Memory) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         self._compute = compute_dtype(dtype)
         self._accumulate = accumulate_dtype(device)
-        self._memory = memory
         self._limits = torch.finfo(self._compute)
         self._on_host = device.type == "cpu"
+        self._lanes = LANES if self._on_host else 1
 
-    def sums(self, block: Block, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def sums(self, memory: Memory, block: Block, weights: Pieces) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
         pieces = [weights[i] for i in block.pieces]
-        wide, parts = self._memory.pack("wide", self._accumulate, _shapes(pieces))
+        wide, parts = memory.pack("wide", self._accumulate, _shapes(pieces))
         w = wide
         if len(pieces) == 1 and self._dtype == self._accumulate:
             w = pieces[0].view(-1)
@@ -51,39 +54,36 @@ class BlockOps:
         return torch.abs(w, out=wide).sum(), square_sum
 
     def update(
-        self, mode: Mode, block: Block, weights: Sequence[Tensor], targets: Sequence[Tensor], l1: Strength, l2: Strength
+        self, memory: Memory, mode: Mode, block: Block, weights: Pieces, targets: Pieces, l1: Strength, l2: Strength
     ) -> None:
         """Does to the block of `targets`, gradients or in PROX weights, what `mode` asks for."""
+        if mode is Mode.ACCUMULATE and self._add_in_one_pass(memory, block, weights, targets, l1, 2 * l2):
+            return
         for i in block.in_place:
             w, target = weights[i], targets[i]
-            spare = self._memory.pack("spare", self._compute, (w.shape,)).parts[0]
+            spare = memory.pack("spare", self._compute, (w.shape,)).parts[0]
             if mode is Mode.PROX:
                 self.prox(target, l1, l2, spare)
-            elif mode is not Mode.ACCUMULATE:
-                self.gradient(w, l1, l2, spare, out=target)
-            elif not self._add_in_one_pass(target, w, l1, 2 * l2, spare):
+            elif mode is Mode.ACCUMULATE:
                 target.add_(self.gradient(w, l1, l2, spare, out=spare))
-        if block.packed:
-            self._update_packed(mode, [weights[i] for i in block.packed], [targets[i] for i in block.packed], l1, l2)
-
-    def _update_packed(
-        self, mode: Mode, weights: list[Tensor], targets: list[Tensor], l1: Strength, l2: Strength
-    ) -> None:
-        shapes = _shapes(weights)
-        lanes = LANES if self._on_host else 1
-        w, parts = self._memory.pack("input", self._compute, shapes, lanes)
-        spare = self._memory.pack("spare", self._compute, (w.shape,)).vector
-        _copy(parts, weights)
+            else:
+                self.gradient(w, l1, l2, spare, out=target)
+        if not block.packed:
+            return
+        pieces, copies = [weights[i] for i in block.packed], [targets[i] for i in block.packed]
+        w, parts = memory.pack("input", self._compute, _shapes(pieces), self._lanes)
+        spare = memory.pack("spare", self._compute, (w.shape,)).vector
+        _copy(parts, pieces)
         if mode is Mode.PROX:
             self.prox(w, l1, l2, spare)
         else:
             self.gradient(w, l1, l2, spare, out=w)
         if mode is not Mode.ACCUMULATE:
-            _copy(targets, parts)
+            _copy(copies, parts)
         else:
             # Rounded to the storage dtype before the addition: autograd's order, so that its bits are ours.
             same = self._dtype == self._compute
-            torch._foreach_add_(targets, parts if same else [part.to(self._dtype) for part in parts])
+            torch._foreach_add_(copies, parts if same else [part.to(self._dtype) for part in parts])
 
     def gradient(self, w: Tensor, l1: Strength, l2: Strength, sign: Tensor, out: Tensor) -> Tensor:
         """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel.
@@ -101,7 +101,9 @@ class BlockOps:
             return torch.add(sign, w, alpha=slope, out=out)
         return torch.addcmul(sign, w, torch.as_tensor(slope, device=w.device), out=out)
 
-    def _add_in_one_pass(self, grad: Tensor, w: Tensor, l1: Strength, slope: Strength, sign: Tensor) -> bool:
+    def _add_in_one_pass(
+        self, memory: Memory, block: Block, weights: Pieces, targets: Pieces, l1: Strength, slope: Strength
+    ) -> bool:
         """Adds l1 * sign(w) + slope * w by way of a fused optimizer, if that gives the same bits.
 
         A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
@@ -111,10 +113,25 @@ class BlockOps:
             return False
         dampening = 1 - slope
         # A momentum of 0 turns the buffer off, and 1 - (1 - slope) loses digits of a small slope.
-        if l1 == 0 or self._rounded(1 - dampening) != self._rounded(slope):
+        if l1 == 0 or self._dtype != self._compute or self._rounded(1 - dampening) != self._rounded(slope):
             return False
-        torch.sign(w, out=sign)
-        torch._fused_sgd_([grad], [w], [sign], momentum=l1, dampening=dampening, **_PLAIN_SGD)
+        inputs, grads = [weights[i] for i in block.in_place], [targets[i] for i in block.in_place]
+        pieces, copies = [weights[i] for i in block.packed], [targets[i] for i in block.packed]
+        added: Pieces = ()
+        if pieces:
+            # Gradients, too: the fused optimizer rounds in another way behind the last full vector.
+            shapes = _shapes(pieces)
+            w, parts = memory.pack("input", self._compute, shapes, self._lanes)
+            grad, added = memory.pack("output", self._compute, shapes, self._lanes)
+            torch._foreach_copy_([*parts, *added], [*pieces, *copies])
+            inputs.append(w)
+            grads.append(grad)
+        signs = memory.pack("spare", self._compute, _shapes(inputs)).parts
+        for w, sign in zip(inputs, signs, strict=True):
+            torch.sign(w, out=sign)
+        torch._fused_sgd_(grads, inputs, signs, momentum=l1, dampening=dampening, **_PLAIN_SGD)
+        if pieces:
+            _copy(copies, added)
         return True
 
     def prox(self, w: Tensor, l1: Strength, l2: Strength, spare: Tensor) -> None:
@@ -140,11 +157,11 @@ class BlockOps:
         return isinstance(strength, float) and abs(strength) <= self._limits.max
 
 
-def _shapes(pieces: Sequence[Tensor]) -> tuple[torch.Size, ...]:
+def _shapes(pieces: Pieces) -> tuple[torch.Size, ...]:
     return tuple([piece.shape for piece in pieces])
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _copy(targets: Pieces, sources: Pieces) -> None:
     if len(targets) == 1:
         targets[0].copy_(sources[0])
     else:

@@ -1,5 +1,6 @@
 """The PyTorch path: a sweep block by block, through scratch memory that stays in cache."""
 
+import array
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from fastreg.block_ops import LANES, Block, BlockOps
 from fastreg.formulas import Measure, Mode, Penalty, compute_dtype, weighted_terms
 from fastreg.layout import Part
 from fastreg.scratch import give_back, is_under_a_mode, take_memory
-from fastreg.strengths import Scale, Strengths, accumulate_dtype
+from fastreg.strengths import Scale, accumulate_dtype
 from fastreg.work import Grads, Work
 
 # Elements of a block on a CPU: small enough for the cores' caches, large enough that the cost of an operator call
@@ -20,6 +21,7 @@ CPU_BLOCK = 1 << 19
 # On a CPU, pieces of CPU_SMALL elements or more are changed where they are, not in copies together with others.
 CPU_SMALL = 1 << 14
 DEVICE_BLOCK = 1 << 26
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Walk:
@@ -30,6 +32,7 @@ class Walk:
         if part.device.type == "cpu":
             size, small, lanes = CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL), LANES
         is_computed_in_place = part.dtype == compute_dtype(part.dtype)
+        self.ops = BlockOps(part.dtype, part.device)
         self._positions = part.positions
         # Weights that are cut, by their place among the part's, and their pieces' sizes. The pieces follow all weights.
         self._cuts: list[tuple[int, list[int]]] = []
@@ -80,57 +83,66 @@ def block_sweep(
     """
     device = parts[0].device
     on_host = device.type == "cpu"
+    # What is kept from call to call must not meet the tensors of a mode, nor these Python's floats.
+    is_plain = on_host and not is_under_a_mode()
     # Only host memory may be looked at: elsewhere the comparison would wait for the device.
     if mode is Mode.RESCALE and on_host and all(isinstance(s, Tensor) and s.item() == 1 for s in scale):
         return None
-    strengths = work.strengths
-    if on_host and (mode is not Mode.VALUE or not is_under_a_mode()):
+    plain: list[tuple[Any, Any]] = []
+    scaled: list[tuple[Any, Any]] = []
+    if on_host and (is_plain or mode is not Mode.VALUE):
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        strengths, scale = Strengths(*map(_on_host, strengths)), Scale(*map(_on_host, scale))
-    of_group: list[tuple[Any, Any]] = []
-    if mode is not Mode.VALUE:
-        of_group = [strengths.of_group(group, scale) for group in range(work.n_groups)]
+        plain = list(zip(*map(_floats, work.strengths), strict=True))
+        (l1_scale,), (l2_scale,) = map(_floats, scale)
+        scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in plain]
+    elif mode is not Mode.VALUE:
+        scaled = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
     sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(work.n_groups)]
-    memory = take_memory(device, CPU_BLOCK)
+    memory = take_memory(device, CPU_BLOCK if is_plain else 0)
     try:
         for part in parts:
             walk = part.prepared(Walk)
             weights = walk.pieces_of(work.weights)
             targets = weights if grads is None else walk.pieces_of(grads)
-            ops = BlockOps(part.dtype, device, memory)
             for block in walk.blocks:
                 if value_dtype is not None:
-                    sums[block.group].append(ops.sums(block, weights))
+                    sums[block.group].append(walk.ops.sums(memory, block, weights))
                 if mode is not Mode.VALUE:
-                    ops.update(mode, block, weights, targets, *of_group[block.group])
+                    walk.ops.update(memory, mode, block, weights, targets, *scaled[block.group])
     finally:
         give_back(memory)
     if value_dtype is None:
         return None
-    if on_host and not is_under_a_mode():
-        return _measure_on_host(sums, strengths, value_dtype, device)
+    if is_plain:
+        return _measure_on_host(sums, plain, value_dtype, device)
     zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
     totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
     return weighted_terms(torch.stack(totals), work.strengths, value_dtype)
 
 
 def _measure_on_host(
-    pairs: list[list[tuple[Tensor, Tensor]]], strengths: Strengths, dtype: torch.dtype, device: torch.device
+    pairs: list[list[tuple[Tensor, Tensor]]], strengths: list[tuple[float, float]], dtype: torch.dtype, device: Any
 ) -> Measure:
     """`formulas.weighted_terms` in Python's float64: an operator call would take longer than its work."""
-    sums = [[sum([pair[i].item() for pair in of_group]) for i in range(2)] for of_group in pairs]
-    l1_term: Any = 0.0
-    l2_term: Any = 0.0
-    for group, (abs_sum, square_sum) in enumerate(sums):
-        l1, l2 = strengths.of_group(group)
+    sums = array.array("d")
+    l1_term = l2_term = 0.0
+    for of_group, (l1, l2) in zip(pairs, strengths, strict=True):
+        abs_sum = square_sum = 0.0
+        for abs_tensor, square_tensor in of_group:
+            abs_sum, square_sum = abs_sum + abs_tensor.item(), square_sum + square_tensor.item()
         l1_term, l2_term = l1_term + l1 * abs_sum, l2_term + l2 * square_sum
-    most = torch.finfo(dtype).max
-    # scalar_tensor refuses what overflows its dtype.
-    values = [math.inf if x > most else x for x in (l1_term + l2_term, l1_term, l2_term)]
+        sums.extend((abs_sum, square_sum))
+    values = [l1_term + l2_term, l1_term, l2_term]
+    if not values[0] <= _FLOAT32_MAX:
+        # scalar_tensor refuses what overflows its dtype.
+        most = torch.finfo(dtype).max
+        values = [math.inf if x > most else x for x in values]
     penalty = Penalty(*[torch.scalar_tensor(x, dtype=dtype, device=device) for x in values])
-    return Measure(penalty, torch.tensor(sums, dtype=torch.float64, device=device))
+    # The quickest way from floats to a tensor, which then owns their memory.
+    return Measure(penalty, torch.frombuffer(sums, dtype=torch.float64).view(-1, 2))
 
 
-def _on_host(strength: Any) -> Any:
-    """A strength in host memory as a float, or a list of floats with one for each group."""
-    return strength.detach().tolist() if isinstance(strength, Tensor) else strength
+def _floats(strength: Any) -> list[float]:
+    """A strength in host memory, for each group."""
+    value = strength.detach().tolist() if isinstance(strength, Tensor) else strength
+    return value if isinstance(value, list) else [value]

@@ -68,8 +68,11 @@ _KEPT = _Kept()
 
 
 def take_memory(device: torch.device, reserve: int) -> Memory:
-    """This thread's memory, kept to save page faults; a sweep that interrupts one before `give_back` gets another."""
-    if device.type != "cpu" or is_under_a_mode():
+    """This thread's memory, kept to save page faults, if there is anything to `reserve`.
+
+    A sweep that interrupts one before `give_back` gets another.
+    """
+    if not reserve:
         return Memory(device)
     memory, _KEPT.memory = _KEPT.memory, None
     return Memory(device, reserve) if memory is None else memory
