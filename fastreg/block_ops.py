@@ -1,5 +1,6 @@
 """The arithmetic of the PyTorch path on a block of weights, in scratch memory that stays in cache."""
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -14,6 +15,7 @@ from fastreg.strengths import Strength, accumulate_dtype
 # Vectors of packed pieces are filled up to a multiple of this. What is left over after a vector unit's last full step
 # might be rounded in another way there, and differ between two operators for the same thing.
 LANES = 16
+_LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 _PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
@@ -31,20 +33,20 @@ class Block(NamedTuple):
 
 
 class BlockOps:
-    """Operations on the blocks of weights of one dtype on one device, in scratch memory of that device."""
+    """Operations on the blocks of weights of one dtype on one device, whose scratch memory is `memory`."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, memory: Memory) -> None:
         self._dtype = dtype
         self._compute = compute_dtype(dtype)
         self._accumulate = accumulate_dtype(device)
-        self._limits = torch.finfo(self._compute)
+        self._memory = memory
+        self._limits = _LIMITS[self._compute]
         self._on_host = device.type == "cpu"
-        self._lanes = LANES if self._on_host else 1
 
-    def sums(self, memory: Memory, block: Block, weights: Pieces) -> tuple[Tensor, Tensor]:
+    def sums(self, block: Block, weights: Pieces) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
         pieces = [weights[i] for i in block.pieces]
-        wide, parts = memory.pack("wide", self._accumulate, _shapes(pieces))
+        wide, parts = self._memory.pack("wide", self._accumulate, _shapes(pieces))
         w = wide
         if len(pieces) == 1 and self._dtype == self._accumulate:
             w = pieces[0].view(-1)
@@ -53,31 +55,29 @@ class BlockOps:
         square_sum = torch.dot(w, w)
         return torch.abs(w, out=wide).sum(), square_sum
 
-    def update(
-        self, memory: Memory, mode: Mode, block: Block, weights: Pieces, targets: Pieces, l1: Strength, l2: Strength
-    ) -> None:
+    def update(self, mode: Mode, block: Block, weights: Pieces, targets: Pieces, l1: Strength, l2: Strength) -> None:
         """Does to the block of `targets`, gradients or in PROX weights, what `mode` asks for."""
-        if mode is Mode.ACCUMULATE and self._add_in_one_pass(memory, block, weights, targets, l1, 2 * l2):
-            return
-        for i in block.in_place:
-            w, target = weights[i], targets[i]
-            spare = memory.pack("spare", self._compute, (w.shape,)).parts[0]
+        inputs = [weights[i] for i in block.in_place]
+        if block.packed:
+            pieces = [weights[i] for i in block.packed]
+            w, parts = self._memory.pack("input", self._compute, _shapes(pieces), LANES if self._on_host else 1)
+            _copy(parts, pieces)
+            inputs.append(w)
+        spares = self._memory.spares(self._compute, _shapes(inputs))
+        for i, w, spare in zip(block.in_place, inputs, spares, strict=False):
             if mode is Mode.PROX:
-                self.prox(target, l1, l2, spare)
-            elif mode is Mode.ACCUMULATE:
-                target.add_(self.gradient(w, l1, l2, spare, out=spare))
-            else:
-                self.gradient(w, l1, l2, spare, out=target)
+                self.prox(targets[i], l1, l2, spare)
+            elif mode is not Mode.ACCUMULATE:
+                self.gradient(w, l1, l2, spare, out=targets[i])
+            elif not self._add_in_one_pass(targets[i], w, l1, 2 * l2, spare):
+                targets[i].add_(self.gradient(w, l1, l2, spare, out=spare))
         if not block.packed:
             return
-        pieces, copies = [weights[i] for i in block.packed], [targets[i] for i in block.packed]
-        w, parts = memory.pack("input", self._compute, _shapes(pieces), self._lanes)
-        spare = memory.pack("spare", self._compute, (w.shape,)).vector
-        _copy(parts, pieces)
         if mode is Mode.PROX:
-            self.prox(w, l1, l2, spare)
+            self.prox(inputs[-1], l1, l2, spares[-1])
         else:
-            self.gradient(w, l1, l2, spare, out=w)
+            self.gradient(inputs[-1], l1, l2, spares[-1], out=inputs[-1])
+        copies = [targets[i] for i in block.packed]
         if mode is not Mode.ACCUMULATE:
             _copy(copies, parts)
         else:
@@ -93,7 +93,7 @@ class BlockOps:
         if self._is_factor(l1) and l1 == 0:
             sign.zero_()  # and not -0.0 where w is negative
         else:
-            torch.sign(w, out=sign).mul_(l1)
+            torch.sign(w, out=sign).mul_(self._operand(l1))
             if not self._is_factor(l1):
                 sign.masked_fill_(w == 0, 0.0)  # infinity times sign(0) is NaN
         slope = 2 * l2
@@ -101,9 +101,7 @@ class BlockOps:
             return torch.add(sign, w, alpha=slope, out=out)
         return torch.addcmul(sign, w, torch.as_tensor(slope, device=w.device), out=out)
 
-    def _add_in_one_pass(
-        self, memory: Memory, block: Block, weights: Pieces, targets: Pieces, l1: Strength, slope: Strength
-    ) -> bool:
+    def _add_in_one_pass(self, grad: Tensor, w: Tensor, l1: Strength, slope: Strength, sign: Tensor) -> bool:
         """Adds l1 * sign(w) + slope * w by way of a fused optimizer, if that gives the same bits.
 
         A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
@@ -111,27 +109,10 @@ class BlockOps:
         """
         if not (_HAS_FUSED_SGD and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
             return False
-        dampening = 1 - slope
-        # A momentum of 0 turns the buffer off, and 1 - (1 - slope) loses digits of a small slope.
-        if l1 == 0 or self._dtype != self._compute or self._rounded(1 - dampening) != self._rounded(slope):
+        if not _fits_fused_sgd(l1, slope, self._compute):
             return False
-        inputs, grads = [weights[i] for i in block.in_place], [targets[i] for i in block.in_place]
-        pieces, copies = [weights[i] for i in block.packed], [targets[i] for i in block.packed]
-        added: Pieces = ()
-        if pieces:
-            # Gradients, too: the fused optimizer rounds in another way behind the last full vector.
-            shapes = _shapes(pieces)
-            w, parts = memory.pack("input", self._compute, shapes, self._lanes)
-            grad, added = memory.pack("output", self._compute, shapes, self._lanes)
-            torch._foreach_copy_([*parts, *added], [*pieces, *copies])
-            inputs.append(w)
-            grads.append(grad)
-        signs = memory.pack("spare", self._compute, _shapes(inputs)).parts
-        for w, sign in zip(inputs, signs, strict=True):
-            torch.sign(w, out=sign)
-        torch._fused_sgd_(grads, inputs, signs, momentum=l1, dampening=dampening, **_PLAIN_SGD)
-        if pieces:
-            _copy(copies, added)
+        torch.sign(w, out=sign)
+        torch._fused_sgd_([grad], [w], [sign], momentum=l1, dampening=1 - slope, **_PLAIN_SGD)
         return True
 
     def prox(self, w: Tensor, l1: Strength, l2: Strength, spare: Tensor) -> None:
@@ -146,15 +127,27 @@ class BlockOps:
             dropped = torch.le(w, l1)
             w.sub_(l1).mul_(spare).masked_fill_(dropped, 0.0)
         if not (isinstance(l2, float) and l2 == 0):
-            w.div_(1 + 2 * l2)
+            w.div_(self._operand(1 + 2 * l2))
 
-    def _rounded(self, number: float) -> float:
-        """As the operators will take it."""
-        return number if self._compute == torch.float64 else float(struct.unpack("f", struct.pack("f", number))[0])
+    def _operand(self, number: Strength) -> Strength:
+        """As a tensor: of a float, operators make a float64 tensor first, and convert that to their dtype."""
+        is_number = self._on_host and self._is_factor(number)
+        return self._memory.number(number, self._compute) if is_number else number  # type: ignore[arg-type]
 
     def _is_factor(self, strength: Strength) -> TypeGuard[float]:
         """Whether operators take it as a number: they refuse one that overflows their dtype."""
         return isinstance(strength, float) and abs(strength) <= self._limits.max
+
+
+@functools.lru_cache
+def _fits_fused_sgd(l1: float, slope: float, dtype: torch.dtype) -> bool:
+    """Whether a momentum of `l1` and a dampening of 1 - slope say the same to operators of `dtype`."""
+
+    def rounded(number: float) -> float:
+        return number if dtype == torch.float64 else float(struct.unpack("f", struct.pack("f", number))[0])
+
+    # A momentum of 0 turns the buffer off, and 1 - (1 - slope) loses digits of a small slope.
+    return l1 != 0 and rounded(1 - (1 - slope)) == rounded(slope)
 
 
 def _shapes(pieces: Pieces) -> tuple[torch.Size, ...]:

@@ -32,7 +32,6 @@ class Walk:
         if part.device.type == "cpu":
             size, small, lanes = CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL), LANES
         is_computed_in_place = part.dtype == compute_dtype(part.dtype)
-        self.ops = BlockOps(part.dtype, part.device)
         self._positions = part.positions
         # Weights that are cut, by their place among the part's, and their pieces' sizes. The pieces follow all weights.
         self._cuts: list[tuple[int, list[int]]] = []
@@ -104,11 +103,12 @@ def block_sweep(
             walk = part.prepared(Walk)
             weights = walk.pieces_of(work.weights)
             targets = weights if grads is None else walk.pieces_of(grads)
+            ops = BlockOps(part.dtype, device, memory)
             for block in walk.blocks:
                 if value_dtype is not None:
-                    sums[block.group].append(walk.ops.sums(memory, block, weights))
+                    sums[block.group].append(ops.sums(block, weights))
                 if mode is not Mode.VALUE:
-                    walk.ops.update(memory, mode, block, weights, targets, *scaled[block.group])
+                    ops.update(mode, block, weights, targets, *scaled[block.group])
     finally:
         give_back(memory)
     if value_dtype is None:

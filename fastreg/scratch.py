@@ -2,8 +2,8 @@
 
 import math
 import threading
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,38 +25,58 @@ class Memory:
     def __init__(self, device: torch.device, reserve: int = 0) -> None:
         self._device, self._reserve = device, reserve
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._packs: dict[Hashable, Pack] = {}
+        self._views: dict[Hashable, Any] = {}
         self._n_views = 0
 
     def pack(self, name: str, dtype: torch.dtype, shapes: tuple[torch.Size, ...], multiple: int = 1) -> Pack:
         """Parts in these shapes of a vector whose length is a `multiple`: the same at every call with the same name."""
-        key = name, dtype, shapes, multiple
-        found = self._packs.get(key)
+        found = self._views.get((name, dtype, shapes, multiple))
         if found is None:
-            # Made for every later call, in whatever mode that is.
+            sizes = list(map(math.prod, shapes))
+            n = sum(sizes)
             with torch.inference_mode(False), torch.no_grad():
-                found = self._cut(name, dtype, shapes, multiple)
-            if self._n_views >= MOST_VIEWS:
-                self._forget_packs()
-            self._packs[key] = found
-            self._n_views += 1 + len(shapes)
-        return found
+                vector = self._buffer(name, dtype, -(-n // multiple) * multiple)
+                parts = torch.split_with_sizes(vector[:n], sizes)
+                found = Pack(vector, tuple([part.view(shape) for part, shape in zip(parts, shapes, strict=True)]))
+            self._keep((name, dtype, shapes, multiple), found, len(shapes) + 1)
+        return found  # type: ignore[no-any-return]
 
-    def _cut(self, name: str, dtype: torch.dtype, shapes: Sequence[torch.Size], multiple: int) -> Pack:
-        sizes = list(map(math.prod, shapes))
-        n = sum(sizes)
-        padded = -(-n // multiple) * multiple
+    def spares(self, dtype: torch.dtype, shapes: tuple[torch.Size, ...]) -> tuple[Tensor, ...]:
+        """Tensors in these shapes, which are used one after the other, as they share their memory."""
+        found = self._views.get((dtype, shapes))
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = tuple([self._buffer("spare", dtype, math.prod(shape)).view(shape) for shape in shapes])
+            self._keep((dtype, shapes), found, len(shapes))
+        return found  # type: ignore[no-any-return]
+
+    def number(self, number: float, dtype: torch.dtype) -> Tensor:
+        """`number` as a tensor, to be read only."""
+        found = self._views.get((number, dtype))
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                found = torch.scalar_tensor(number, dtype=dtype, device=self._device)
+            self._keep((number, dtype), found, 1)
+        return found  # type: ignore[no-any-return]
+
+    def _buffer(self, name: str, dtype: torch.dtype, n: int) -> Tensor:
         buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < padded:
-            self._forget_packs()
+        if buffer is None or buffer.numel() < n:
+            self._forget_views()
             # All at once where it will be kept: pages that are never touched take no memory.
-            size = max(padded, self._reserve)
+            size = max(n, self._reserve)
             buffer = self._buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self._device)
-        parts = torch.split_with_sizes(buffer[:n], sizes)
-        return Pack(buffer[:padded], tuple([part.view(shape) for part, shape in zip(parts, shapes, strict=True)]))
+        return buffer[:n]
 
-    def _forget_packs(self) -> None:
-        self._packs.clear()
+    def _keep(self, key: Hashable, views: Any, n_views: int) -> None:
+        """For every later call, in whatever mode that is."""
+        if self._n_views >= MOST_VIEWS:
+            self._forget_views()
+        self._views[key] = views
+        self._n_views += n_views
+
+    def _forget_views(self) -> None:
+        self._views.clear()
         self._n_views = 0
 
 
