@@ -15,6 +15,8 @@ from fastreg.strengths import Strength, accumulate_dtype
 # Vectors of packed pieces are filled up to a multiple of this. What is left over after a vector unit's last full step
 # might be rounded in another way there, and differ between two operators for the same thing.
 LANES = 16
+# Up to here a clamp and a difference take less time than softshrink, which is slow but needs no cache for a copy.
+MOST_CLAMPED = 1 << 17
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 _PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
@@ -117,9 +119,12 @@ class BlockOps:
 
     def prox(self, w: Tensor, l1: Strength, l2: Strength, spare: Tensor) -> None:
         """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), in place of `w`; `spare` is overwritten."""
-        if self._is_factor(l1) and l1 >= self._limits.tiny:
+        if self._is_factor(l1) and l1 >= self._limits.tiny and w.numel() <= MOST_CLAMPED:
             # What a clamp to the threshold takes away; where that is all of w it leaves 0, and never -0.0.
             w.sub_(torch.clamp(w, -l1, l1, out=spare))
+        elif self._is_factor(l1) and l1 >= 0:
+            torch.ops.aten.softshrink.out(w, l1, out=w)
+            w.add_(0.0)  # it leaves zeros of either sign
         else:
             torch.sign(w, out=spare)
             w.abs_()

@@ -82,18 +82,19 @@ def block_sweep(
     """
     device = parts[0].device
     on_host = device.type == "cpu"
-    # What is kept from call to call must not meet the tensors of a mode, nor these Python's floats.
+    # Modes must meet neither what is kept from call to call nor, in a value, floats in their tensors' place.
     is_plain = on_host and not is_under_a_mode()
     # Only host memory may be looked at: elsewhere the comparison would wait for the device.
     if mode is Mode.RESCALE and on_host and all(isinstance(s, Tensor) and s.item() == 1 for s in scale):
         return None
-    plain: list[tuple[Any, Any]] = []
-    scaled: list[tuple[Any, Any]] = []
+    strengths: list[tuple[Any, Any]] = []
+    scaled = strengths
     if on_host and (is_plain or mode is not Mode.VALUE):
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        plain = list(zip(*map(_floats, work.strengths), strict=True))
-        (l1_scale,), (l2_scale,) = map(_floats, scale)
-        scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in plain]
+        strengths = list(zip(*map(_floats, work.strengths), strict=True))
+        if mode is not Mode.VALUE:
+            (l1_scale,), (l2_scale,) = map(_floats, scale)
+            scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in strengths]
     elif mode is not Mode.VALUE:
         scaled = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
     sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(work.n_groups)]
@@ -114,7 +115,7 @@ def block_sweep(
     if value_dtype is None:
         return None
     if is_plain:
-        return _measure_on_host(sums, plain, value_dtype, device)
+        return _measure_on_host(sums, strengths, value_dtype, device)
     zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
     totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
     return weighted_terms(torch.stack(totals), work.strengths, value_dtype)
