@@ -91,9 +91,9 @@ def block_sweep(
     scaled = strengths
     if on_host and (is_plain or mode is not Mode.VALUE):
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        strengths = list(zip(*map(_floats, work.strengths), strict=True))
+        strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
         if mode is not Mode.VALUE:
-            (l1_scale,), (l2_scale,) = map(_floats, scale)
+            (l1_scale,), (l2_scale,) = [_floats(factor, 1) for factor in scale]
             scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in strengths]
     elif mode is not Mode.VALUE:
         scaled = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
@@ -143,7 +143,7 @@ def _measure_on_host(
     return Measure(penalty, torch.frombuffer(sums, dtype=torch.float64).view(-1, 2))
 
 
-def _floats(strength: Any) -> list[float]:
-    """A strength in host memory, for each group."""
+def _floats(strength: Any, n_groups: int) -> list[float]:
+    """A strength in host memory for each group, or one of all groups for each of them."""
     value = strength.detach().tolist() if isinstance(strength, Tensor) else strength
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [value] * n_groups
