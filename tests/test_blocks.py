@@ -16,13 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
 from fastreg import block_ops, blocks, scratch
-from fastreg.blocks import LANES, Walk
+from fastreg.block_ops import LANES
+from fastreg.blocks import Walk
 from fastreg.layout import Layout, forget_layouts
 from tests import oracle
 from tests.cases import L1, L2, leaf
 
-SMALL, BLOCK, PACK = blocks.CPU_SMALL, blocks.CPU_BLOCK, blocks.CPU_PACK
-SIZES = [1, LANES - 1, LANES, LANES + 1, SMALL - 1, SMALL, SMALL + LANES + 3, PACK]
+SMALL, BLOCK = blocks.CPU_SMALL, blocks.CPU_BLOCK
+SIZES = [1, LANES - 1, LANES, LANES + 1, SMALL - 1, SMALL, SMALL + LANES + 3, BLOCK // 4]
 SIZES += [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + SMALL + 5]
 
 
@@ -205,7 +206,7 @@ def test_kept_memory_does_not_grow() -> None:
         w = [leaf(torch.randn(3 * BLOCK)), leaf(torch.randn(9))]
         fastreg.add_elastic_grad_(w, L1, L2)
         before = kept()
-        assert before == (3 * 4 + 8) * BLOCK
+        assert before == (2 * 4 + 8) * BLOCK
         for n in range(600):
             forget_layouts()
             term([torch.ones(n + 1), torch.ones(2)], l2=1.0)
@@ -288,13 +289,27 @@ def test_views_of_kept_memory_are_made_once() -> None:
 
 @pytest.mark.parametrize("n", [SMALL - 1, SMALL + 3, SMALL + LANES + 3, BLOCK, BLOCK + 5, BLOCK + SMALL + 5])
 def test_only_small_pieces_and_tails_are_packed(n: int) -> None:
-    """In a model that is not small itself; what is large and fills the vector units is worked on where it is."""
-    (part,) = Layout([torch.ones(n), torch.ones(PACK + 1)], [0, 0]).parts[torch.device("cpu")]
+    """What is large and fills the vector units is changed where it is, also in small models."""
+    w = torch.ones(n)
+    (part,) = Layout([w, torch.ones(7)], [0, 0]).parts[torch.device("cpu")]
     walk = Walk(part)
-    sizes = walk.piece_sizes[0]
-    assert sum(sizes) == n
+    pieces = walk.pieces_of([w, torch.ones(7)])
     rest = n % BLOCK
     large = rest - rest % LANES if rest - rest % LANES >= SMALL else 0
-    assert sizes == tuple(size for size in (*[BLOCK] * (n // BLOCK), large, rest - large) if size)
-    in_place = [size for block in walk.blocks if block.in_place for size in block.sizes]
-    assert sorted(in_place) == sorted(size for size in (*sizes, PACK) if size >= SMALL)
+    sizes = [size for size in (*[BLOCK] * (n // BLOCK), large, rest - large) if size]
+    assert sorted(pieces[i].numel() for block in walk.blocks for i in block.pieces) == sorted([*sizes, 7])
+    in_place = [pieces[i].numel() for block in walk.blocks for i in block.in_place]
+    assert sorted(in_place) == sorted(size for size in sizes if size >= SMALL)
+    for block in walk.blocks:
+        assert sorted(block.in_place + block.packed) == sorted(block.pieces)
+
+
+@pytest.mark.parametrize("l1", [0.0, 1e-60, 1e-45, 1e-39, 2e-38, 0.1, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [5, SMALL, 2 * block_ops.MOST_CLAMPED])
+def test_zeros_of_a_proximal_step_have_no_sign(n: int, dtype: torch.dtype, l1: float) -> None:
+    w = torch.tensor([-0.0, 0.0, -0.05, 1e-42, -1e-42], dtype=dtype).repeat(-(-n // 5))[:n]
+    expected = oracle.prox(w, l1, L2, 1.0)
+    fastreg.elastic_prox_([w], l1, L2, lr=1.0)
+    assert oracle.ulp_distance(w, expected) <= 2
+    assert not w[w == 0].signbit().any()
