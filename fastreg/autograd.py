@@ -39,6 +39,7 @@ _TWICE = (
     "twice; leave it out of the loss (reg.last has its value), or remove() the attachment"
 )
 _FIRST_STRENGTH, _FIRST_WEIGHT = 3, 5  # where these stand among the inputs of the Function
+_NOTHING = torch.empty(0, device="cpu")
 _IS_LEAF = operator.attrgetter("is_leaf")
 
 
@@ -48,9 +49,9 @@ def penalty_of(work: Work, return_terms: bool) -> Tensor | Penalty:
     if torch.is_grad_enabled() and run is not traced_sweep:
         found = apply(ElasticPenaltyFunction, work, return_terms, run, *work.strengths, *work.weights)
         return Penalty(*found) if return_terms else found[0]
-    measured = run(work, Mode.VALUE)
+    measured = run(work, Mode.VALUE, with_terms=return_terms)
     assert measured is not None
-    return measured.penalty if return_terms else measured.penalty.total
+    return measured.penalty if return_terms else measured.total
 
 
 class ElasticPenaltyFunction(torch.autograd.Function):
@@ -77,15 +78,16 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         ctx.must_return = not work.are_leaves or must_return_gradients(work.is_sharded)
         if any(ctx.needs_input_grad[_FIRST_WEIGHT:]) and (ctx.must_return or _expects_hooks(work)):
             mode, ctx.gradients = Mode.GRADIENT, _empty_gradients(weights)
-        found = run(work, mode, grads=ctx.gradients)
+        found = run(work, mode, grads=ctx.gradients, with_terms=return_terms)
         assert found is not None
+        needs_sums = work.is_sharded or any(ctx.needs_input_grad[_FIRST_STRENGTH:_FIRST_WEIGHT])
         # Saving something is also what makes a second backward through a freed graph fail as it should.
-        ctx.save_for_backward(found.memory, *saved)
-        return found.penalty if return_terms else (found.penalty.total,)
+        ctx.save_for_backward(found.sums(work.n_groups) if needs_sums else _NOTHING, *saved)
+        return found.penalty if return_terms else (found.total,)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        memory, *saved = ctx.saved_tensors
+        sums, *saved = ctx.saved_tensors
         work: Work = ctx.work
         if saved:
             strengths = Strengths(*[saved.pop(0) if value is None else value for value in work.strengths])
@@ -100,11 +102,10 @@ class ElasticPenaltyFunction(torch.autograd.Function):
             return (*grads,)
         if torch.is_grad_enabled():
             ctx.state.check(ctx.leaves)
-            sums = memory[: work.n_groups]
             return (*grads[:_FIRST_STRENGTH], *_differentiable_backward(ctx, work, sums, scale))
         for i, s in enumerate(work.strengths):
             if ctx.needs_input_grad[_FIRST_STRENGTH + i] and isinstance(s, Tensor):
-                derivative = scale[i] * memory[: work.n_groups, i]
+                derivative = scale[i] * sums[:, i]
                 grads[_FIRST_STRENGTH + i] = (derivative if s.ndim else derivative.sum()).to(s)
         if not any(ctx.needs_input_grad[_FIRST_WEIGHT:]):
             ctx.state.check(ctx.leaves)

@@ -15,10 +15,9 @@ from fastreg.strengths import Strength, accumulate_dtype
 # Vectors of packed pieces are filled up to a multiple of this. What is left over after a vector unit's last full step
 # might be rounded in another way there, and differ between two operators for the same thing.
 LANES = 16
-# Up to here a clamp and a difference take less time than softshrink, which is slow but needs no cache for a copy.
-MOST_CLAMPED = 1 << 17
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
+_softshrink = torch.ops.aten.softshrink.out
 _PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
 
@@ -118,21 +117,19 @@ class BlockOps:
         return True
 
     def prox(self, w: Tensor, l1: Strength, l2: Strength, spare: Tensor) -> None:
-        """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), in place of `w`; `spare` is overwritten."""
-        if self._is_factor(l1) and l1 >= self._limits.tiny and w.numel() <= MOST_CLAMPED:
-            # What a clamp to the threshold takes away; where that is all of w it leaves 0, and never -0.0.
-            w.sub_(torch.clamp(w, -l1, l1, out=spare))
-        elif self._is_factor(l1) and l1 >= 0:
-            torch.ops.aten.softshrink.out(w, l1, out=w)
-            w.add_(0.0)  # it leaves zeros of either sign
-        else:
-            torch.sign(w, out=spare)
-            w.abs_()
-            # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
-            dropped = torch.le(w, l1)
-            w.sub_(l1).mul_(spare).masked_fill_(dropped, 0.0)
-        if not (isinstance(l2, float) and l2 == 0):
-            w.div_(self._operand(1 + 2 * l2))
+        """sign(w) * max(|w| - l1, 0) * (1 / (1 + 2 * l2)), in place of `w`; `spare` is overwritten."""
+        shrinkage = 1 / (1 + 2 * l2)  # once, in float64
+        if self._on_host and self._is_factor(l1) and l1 >= 0 and self._is_factor(shrinkage):
+            _softshrink(w, l1, out=w)
+            # Added to 0, as it leaves zeros of either sign.
+            torch.add(self._memory.number(0.0, self._compute), w, alpha=shrinkage, out=w)
+            return
+        torch.sign(w, out=spare)
+        w.abs_()
+        # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
+        dropped = torch.le(w, l1)
+        w.sub_(l1).mul_(spare).masked_fill_(dropped, 0.0)
+        w.mul_(shrinkage)
 
     def _operand(self, number: Strength) -> Strength:
         """As a tensor: of a float, operators make a float64 tensor first, and convert that to their dtype."""

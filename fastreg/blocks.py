@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreg.block_ops import LANES, Block, BlockOps
-from fastreg.formulas import Measure, Mode, Penalty, compute_dtype, weighted_terms
+from fastreg.formulas import Measure, Mode, compute_dtype, weighted_terms
 from fastreg.layout import Part
 from fastreg.scratch import give_back, is_under_a_mode, take_memory
 from fastreg.strengths import Scale, accumulate_dtype
@@ -71,7 +71,13 @@ class Walk:
 
 
 def block_sweep(
-    parts: Sequence[Part], mode: Mode, work: Work, grads: Grads, scale: Scale, value_dtype: torch.dtype | None
+    parts: Sequence[Part],
+    mode: Mode,
+    work: Work,
+    grads: Grads,
+    scale: Scale,
+    value_dtype: torch.dtype | None,
+    with_terms: bool = True,
 ) -> Measure | None:
     """One sweep over the parts of one device.
 
@@ -79,6 +85,7 @@ def block_sweep(
         work: with dense weights, and strengths on that device, as `scale`.
         grads: with the strides of their weights.
         value_dtype: of the value, or None where none is wanted.
+        with_terms: whether its two terms are wanted, too.
     """
     device = parts[0].device
     on_host = device.type == "cpu"
@@ -93,7 +100,7 @@ def block_sweep(
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
         strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
         if mode is not Mode.VALUE:
-            (l1_scale,), (l2_scale,) = [_floats(factor, 1) for factor in scale]
+            l1_scale, l2_scale = [s.item() if isinstance(s, Tensor) else s for s in scale]
             scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in strengths]
     elif mode is not Mode.VALUE:
         scaled = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
@@ -115,14 +122,18 @@ def block_sweep(
     if value_dtype is None:
         return None
     if is_plain:
-        return _measure_on_host(sums, strengths, value_dtype, device)
+        return _measure_on_host(sums, strengths, value_dtype, device, with_terms)
     zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
     totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
     return weighted_terms(torch.stack(totals), work.strengths, value_dtype)
 
 
 def _measure_on_host(
-    pairs: list[list[tuple[Tensor, Tensor]]], strengths: list[tuple[float, float]], dtype: torch.dtype, device: Any
+    pairs: list[list[tuple[Tensor, Tensor]]],
+    strengths: list[tuple[float, float]],
+    dtype: torch.dtype,
+    device: torch.device,
+    with_terms: bool,
 ) -> Measure:
     """`formulas.weighted_terms` in Python's float64: an operator call would take longer than its work."""
     sums = array.array("d")
@@ -138,12 +149,12 @@ def _measure_on_host(
         # scalar_tensor refuses what overflows its dtype.
         most = torch.finfo(dtype).max
         values = [math.inf if x > most else x for x in values]
-    penalty = Penalty(*[torch.scalar_tensor(x, dtype=dtype, device=device) for x in values])
-    # The quickest way from floats to a tensor, which then owns their memory.
-    return Measure(penalty, torch.frombuffer(sums, dtype=torch.float64).view(-1, 2))
+    total, *terms = [torch.scalar_tensor(x, dtype=dtype, device=device) for x in values[: 3 if with_terms else 1]]
+    return Measure(total, (terms[0], terms[1]) if terms else None, sums)
 
 
 def _floats(strength: Any, n_groups: int) -> list[float]:
     """A strength in host memory for each group, or one of all groups for each of them."""
-    value = strength.detach().tolist() if isinstance(strength, Tensor) else strength
-    return value if isinstance(value, list) else [value] * n_groups
+    if isinstance(strength, Tensor):
+        strength = strength.tolist() if strength.ndim else strength.item()
+    return strength if isinstance(strength, list) else [strength] * n_groups

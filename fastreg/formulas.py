@@ -4,6 +4,7 @@
 for their own purposes. Autograd, compilers and transforms see through what is here.
 """
 
+import array
 import enum
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,12 +39,22 @@ class Penalty(NamedTuple):
 class Measure(NamedTuple):
     """The value that a sweep found."""
 
-    penalty: Penalty
-    memory: Tensor  # float64 [n_groups or more, 2], the first rows of which are `sums`
+    total: Tensor
+    terms: tuple[Tensor, Tensor] | None  # the weighted l1 and l2 terms; None where only the total was asked for
+    memory: "Tensor | array.array[float]"  # what `sums` are read from: float64, pairs, those of the groups first
+
+    @property
+    def penalty(self) -> Penalty:
+        """The value as users see it, of a measure with terms."""
+        assert self.terms is not None
+        return Penalty(self.total, *self.terms)
 
     def sums(self, n_groups: int) -> Tensor:
         """Σ|w| and Σw² of each strength group, float64 [n_groups, 2]."""
-        return self.memory if len(self.memory) == n_groups else self.memory[:n_groups]
+        if not isinstance(self.memory, Tensor):
+            # The quickest way from floats to a tensor, which then owns their memory.
+            return torch.frombuffer(self.memory, dtype=torch.float64).view(-1, 2)
+        return self.memory[:n_groups] if len(self.memory) > n_groups else self.memory
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,10 +87,10 @@ def gradient(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
 
 
 def prox(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
-    """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), rounded likewise."""
+    """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), rounded likewise, with one division for all elements."""
     wide = w.to(compute_dtype(w.dtype))
     magnitude = wide.abs()
-    shrunk = (magnitude - l1) / (1 + 2 * l2) * wide.sign()
+    shrunk = (magnitude - l1) * (1 / (1 + 2 * l2)) * wide.sign()
     return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
 
 
@@ -122,4 +133,4 @@ def update(
 def weighted_terms(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
     """The weighted terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
     l1_term, l2_term = (strengths.l1 * sums[:, 0]).sum(), (strengths.l2 * sums[:, 1]).sum()
-    return Measure(Penalty((l1_term + l2_term).to(dtype), l1_term.to(dtype), l2_term.to(dtype)), sums)
+    return Measure((l1_term + l2_term).to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), sums)

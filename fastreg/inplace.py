@@ -78,7 +78,7 @@ def apply_prox(
         refined = work.regrouped(fine, len(numbers), _columns(scaled, device))
         found = run(refined, Mode.PROX, with_value=with_value)
         if found is not None:
-            found = weighted_terms(found.sums(len(numbers)), _columns(plain, device), found.penalty.total.dtype)
+            found = weighted_terms(found.sums(len(numbers)), _columns(plain, device), found.total.dtype)
     _mark_changed(work, weights)
     return found
 

@@ -25,6 +25,7 @@ def local_sweep(
     scale: Scale = UNSCALED,
     grads: Grads = None,
     with_value: bool = True,
+    with_terms: bool = True,
     is_accepted: bool = False,
 ) -> Measure | None:
     """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
@@ -35,8 +36,9 @@ def local_sweep(
         grads: one tensor of the weight's shape, dtype and device for each weight.
         is_accepted: whether `work.layout` is there and accepts `grads`, as the caller has found.
 
-    Returns the value, if asked for: in PROX that of the weights before the step. Raises TypeError for a weight that
-    changed its kind since it was selected, and RuntimeError for impl="triton" where it cannot run.
+    Returns the value, if asked for with or without its terms: in PROX that of the weights before the step. Raises
+    TypeError for a weight that changed its kind since it was selected, and RuntimeError for impl="triton" where it
+    cannot run.
     """
     dense, staged = work, grads
     layout = work.layout or find_layout(work.weights, work.groups)
@@ -61,7 +63,7 @@ def local_sweep(
             here, scale_here = dense, scale
             if len(backends) > 1:
                 here, scale_here = dense._replace(strengths=dense.strengths.on(device)), scale.on(device)
-            measures.append(backend(parts, mode, here, staged, scale_here, dtype))
+            measures.append(backend(parts, mode, here, staged, scale_here, dtype, with_terms))
     if dense is not work and mode is Mode.PROX:
         _copy_back(dense.weights, work.weights)
     if staged is not None and grads is not None and staged is not grads:

@@ -158,7 +158,7 @@ class Selection:
             is_sharded=self._is_sharded,
             all_reduce=all_reduce,
             are_leaves=self._are_leaves,
-            layout=self.layout,
+            layout=None if torch.compiler.is_compiling() else self.layout,
         )
 
     def _chosen(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

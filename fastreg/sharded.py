@@ -72,11 +72,17 @@ class Ownership:
 
 
 def sharded_sweep(
-    work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True
+    work: Work,
+    mode: Mode,
+    *,
+    scale: Scale = UNSCALED,
+    grads: Grads = None,
+    with_value: bool = True,
+    with_terms: bool = True,
 ) -> Measure | None:
     """`local_sweep` of this rank's shards, with the value of all ranks', or its own if not `work.all_reduce`.
 
-    Gradients are DTensors with the placements of their weights.
+    Gradients are DTensors with the placements of their weights. Terms are always formed.
     """
     parts = work._replace(weights=local_shards(work.weights))
     local_grads = None if grads is None else local_shards(grads)

@@ -32,7 +32,13 @@ is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_sweep(
-    work: Work, mode: Mode, *, scale: Scale = UNSCALED, grads: Grads = None, with_value: bool = True
+    work: Work,
+    mode: Mode,
+    *,
+    scale: Scale = UNSCALED,
+    grads: Grads = None,
+    with_value: bool = True,
+    with_terms: bool = True,
 ) -> Measure | None:
     """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.device_cache import DeviceCache, to_device
-from fastreg.formulas import Measure, Mode, Penalty
+from fastreg.formulas import Measure, Mode
 from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
 from fastreg.layout import Part
 from fastreg.strengths import Scale
@@ -86,7 +86,13 @@ class PointerTables:
 
 
 def kernel_sweep(
-    parts: Sequence[Part], mode: Mode, work: Work, grads: Grads, scale: Scale, value_dtype: torch.dtype | None
+    parts: Sequence[Part],
+    mode: Mode,
+    work: Work,
+    grads: Grads,
+    scale: Scale,
+    value_dtype: torch.dtype | None,
+    with_terms: bool = True,
 ) -> Measure | None:
     """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
 
@@ -97,7 +103,7 @@ def kernel_sweep(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device.
         with torch.cuda.device(device):
-            return kernel_sweep(parts, mode, work, grads, scale, value_dtype)
+            return kernel_sweep(parts, mode, work, grads, scale, value_dtype, with_terms)
     tables: list[tuple[Part, PointerTables, Tables]] = []
     n_chunks = 0
     for part in parts:
@@ -153,7 +159,7 @@ def kernel_sweep(
     if sums is None or value_dtype is None:
         return None
     total = torch.empty((), dtype=value_dtype, device=device)
-    l1_term, l2_term = torch.empty_like(total), torch.empty_like(total)
+    terms = (torch.empty_like(total), torch.empty_like(total)) if with_terms else None
     chunk_group = None
     if n_groups > 1:
         of_all = functools.partial(torch.cat, [table.chunk_group for _, _, table in tables])
@@ -166,8 +172,8 @@ def kernel_sweep(
             "partials": partials,
             "chunk_group": 0 if chunk_group is None else chunk_group.data_ptr(),
             "total": total.data_ptr(),
-            "l1_term": l1_term.data_ptr(),
-            "l2_term": l2_term.data_ptr(),
+            "l1_term": 0 if terms is None else terms[0].data_ptr(),
+            "l2_term": 0 if terms is None else terms[1].data_ptr(),
             "sums": sums.data_ptr(),
             "l1": l1,
             "l2": l2,
@@ -179,7 +185,7 @@ def kernel_sweep(
         {"VALUE_DTYPE": _TRITON_DTYPES[value_dtype], "BLOCK": FINISH_BLOCK},
         FINISH_WARPS,
     )
-    return Measure(Penalty(total, l1_term, l2_term), sums)
+    return Measure(total, terms, sums)
 
 
 def _int64(numbers: "array.array[int]") -> Tensor:

@@ -161,8 +161,8 @@ def _finish_kernel(
     partials: tl.int64,  # of float64 [n_chunks, 2]
     chunk_group: tl.int64,  # of int32 [n_chunks]: strength group of a chunk; 0 where there is one group
     total: tl.int64,  # of a VALUE_DTYPE
-    l1_term: tl.int64,  # of a VALUE_DTYPE
-    l2_term: tl.int64,  # of a VALUE_DTYPE
+    l1_term: tl.int64,  # of a VALUE_DTYPE, or 0 where it is not asked for
+    l2_term: tl.int64,  # of a VALUE_DTYPE, or 0
     sums: tl.int64,  # of float64 [n_groups, 2]: sums of |w| and w * w of each group
     l1: tl.float64,
     l2: tl.float64,
@@ -196,8 +196,8 @@ def _finish_kernel(
     second_sum = tl.sum(second, axis=0)
     if program == 0:
         tl.store(_pointer(total, VALUE_DTYPE), (first_sum + second_sum).to(VALUE_DTYPE))
-        tl.store(_pointer(l1_term, VALUE_DTYPE), first_sum.to(VALUE_DTYPE))
-        tl.store(_pointer(l2_term, VALUE_DTYPE), second_sum.to(VALUE_DTYPE))
+        tl.store(_pointer(l1_term, VALUE_DTYPE), first_sum.to(VALUE_DTYPE), mask=l1_term != 0)
+        tl.store(_pointer(l2_term, VALUE_DTYPE), second_sum.to(VALUE_DTYPE), mask=l2_term != 0)
     else:
         sums_ptr = _pointer(sums, tl.float64) + 2 * (program - 1)
         tl.store(sums_ptr, first_sum)

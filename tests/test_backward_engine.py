@@ -148,6 +148,13 @@ def beside_a_checkpoint(scene: Scene) -> list[Tensor | None]:
     return [x.grad]
 
 
+def a_value_changed_in_place(scene: Scene) -> None:
+    total = scene.penalty()
+    total += scene.loss()
+    total *= 2
+    total.backward()
+
+
 def a_hook_on_the_value(scene: Scene) -> None:
     penalty = scene.penalty()
     penalty.register_hook(lambda upstream: 2 * upstream)
@@ -192,6 +199,7 @@ SCENARIOS: list[Scenario] = [
     after_a_backward_that_failed,
     inside_a_checkpoint,
     beside_a_checkpoint,
+    a_value_changed_in_place,
     a_hook_on_the_value,
     hooks_that_were_removed,
     values_without_a_graph,
