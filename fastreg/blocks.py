@@ -98,7 +98,11 @@ def block_sweep(
     scaled = strengths
     if on_host and (is_plain or mode is not Mode.VALUE):
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
+        if work.n_groups == 1:
+            l1, l2 = [s.item() if isinstance(s, Tensor) else s for s in work.strengths]
+            strengths = [(l1, l2)]
+        else:
+            strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
         if mode is not Mode.VALUE:
             l1_scale, l2_scale = [s.item() if isinstance(s, Tensor) else s for s in scale]
             scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in strengths]
@@ -111,7 +115,7 @@ def block_sweep(
             walk = part.prepared(Walk)
             weights = walk.pieces_of(work.weights)
             targets = weights if grads is None else walk.pieces_of(grads)
-            ops = BlockOps(part.dtype, device, memory)
+            ops = memory.kept(part.dtype, BlockOps)
             for block in walk.blocks:
                 if value_dtype is not None:
                     sums[block.group].append(ops.sums(block, weights))

@@ -2,11 +2,13 @@
 
 import math
 import threading
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Views that a thread keeps, of some hundred bytes each.
 MOST_VIEWS = 1 << 14
@@ -26,6 +28,7 @@ class Memory:
         self._device, self._reserve = device, reserve
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._views: dict[Hashable, Any] = {}
+        self._makers: dict[Hashable, Any] = {}
         self._n_views = 0
 
     def pack(self, name: str, dtype: torch.dtype, shapes: tuple[torch.Size, ...], multiple: int = 1) -> Pack:
@@ -57,6 +60,13 @@ class Memory:
             with torch.inference_mode(False), torch.no_grad():
                 found = torch.scalar_tensor(number, dtype=dtype, device=self._device)
             self._keep((number, dtype), found, 1)
+        return found  # type: ignore[no-any-return]
+
+    def kept(self, dtype: torch.dtype, make: Callable[[torch.dtype, torch.device, "Memory"], T]) -> T:
+        """`make(dtype, device, self)`, made once."""
+        found = self._makers.get((dtype, make))
+        if found is None:
+            found = self._makers[dtype, make] = make(dtype, self._device, self)
         return found  # type: ignore[no-any-return]
 
     def _buffer(self, name: str, dtype: torch.dtype, n: int) -> Tensor:

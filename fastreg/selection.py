@@ -3,6 +3,7 @@
 import copy
 import operator
 import re
+import threading
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain, compress
@@ -145,21 +146,15 @@ class Selection:
         n_groups = len(self._own_strengths)
         device = weights[0].device
         strengths = Strengths(
-            per_group([l1 if own[0] is None else own[0] for own in self._own_strengths], device, "l1"),
-            per_group([l2 if own[1] is None else own[1] for own in self._own_strengths], device, "l2"),
+            per_group([l1 if own is None else own for own, _ in self._own_strengths], device, "l1"),
+            per_group([l2 if own is None else own for _, own in self._own_strengths], device, "l2"),
         )
+        layout = None if torch.compiler.is_compiling() else self.layout
+        is_attached = False
         return Work(
-            names=self.names,
-            weights=weights,
-            groups=self.groups,
-            n_groups=n_groups,
-            strengths=strengths,
-            impl=impl,
-            is_sharded=self._is_sharded,
-            all_reduce=all_reduce,
-            are_leaves=self._are_leaves,
-            layout=None if torch.compiler.is_compiling() else self.layout,
-        )
+            self.names, weights, self.groups, n_groups, strengths, impl,
+            self._is_sharded, all_reduce, is_attached, self._are_leaves, layout,
+        )  # fmt: skip
 
     def _chosen(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors if self._all_chosen else list(compress(tensors, self._is_chosen))
@@ -172,6 +167,7 @@ def _kinds(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type]]:
 # What single calls have selected, for the next one; it keeps no tensor alive.
 _REMEMBERED: dict[Hashable, Selection] = {}
 MOST_REMEMBERED = 64
+_REMEMBERING = threading.Lock()
 
 
 def select(
@@ -184,7 +180,7 @@ def select(
     if torch.compiler.is_compiling():
         selection = Selection(params, include, exclude)
         return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
-    if isinstance(params, Iterator):
+    if not isinstance(params, (nn.Module, list)) and isinstance(params, Iterator):
         params = list(params)
     key = _key(params, include, exclude)
     remembered = None if key is None else _REMEMBERED.get(key)
@@ -194,16 +190,17 @@ def select(
             return remembered.work(tensors, l1, l2, impl, all_reduce)
     selection = Selection(params, include, exclude)
     if key is not None and selection.can_be_remembered(params):
-        while len(_REMEMBERED) >= MOST_REMEMBERED and key not in _REMEMBERED:
-            _REMEMBERED.pop(next(iter(_REMEMBERED), None), None)
-        _REMEMBERED[key] = selection.remembered()
+        with _REMEMBERING:
+            while len(_REMEMBERED) >= MOST_REMEMBERED and key not in _REMEMBERED:
+                del _REMEMBERED[next(iter(_REMEMBERED))]
+            _REMEMBERED[key] = selection.remembered()
     return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
 
 
 def _key(params: Any, include: Filter, exclude: Filter) -> Hashable:
     """Where to find a selection again, or None for one that has to be made anew."""
     # A callable may change its mind, and an exclude that matches nothing has to warn.
-    if not isinstance(include, (str, re.Pattern, type, type(None))) or exclude not in (None, bias_and_norm):
+    if exclude not in (None, bias_and_norm) or not isinstance(include, (type(None), str, re.Pattern, type)):
         return None
     if isinstance(params, nn.Module):
         return id(params), include, exclude

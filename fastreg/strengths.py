@@ -65,6 +65,8 @@ def check_strength(value: object, name: str) -> Strength:
 
     ValueError: negative, NaN, infinite, not 0-dim. TypeError: not a real number, not a floating-point tensor.
     """
+    if type(value) is float and 0 <= value < math.inf:
+        return value  # as nearly always; to ask for a numbers.Real takes ten times as long
     if isinstance(value, Tensor):
         if is_dtensor(value):
             raise TypeError(f"{name} must be a float or a plain tensor, got a DTensor; pass its full_tensor()")
