@@ -55,6 +55,8 @@ class PointerTables:
         self._part = part
         self.cache = DeviceCache(part.device, size=2)
         self._of_gradients = DeviceCache(part.device, size=8)
+        # Where gradients were at the last call, their offsets, and these as a key; one value, for the sake of threads.
+        self._last_gradients: tuple[list[int], array.array[int], bytes] = [], array.array("q"), b""
 
     def of_weights(self) -> Tables:
         """Addresses and sizes of the weights, and how they are cut into chunks."""
@@ -66,8 +68,12 @@ class PointerTables:
         own = grads if len(part.positions) == len(grads) else map(grads.__getitem__, part.positions)
         addresses = list(map(Tensor.data_ptr, own))
         base = addresses[0]
-        offsets = array.array("q", map(operator.sub, addresses, itertools.repeat(base)))
-        return self._of_gradients.get(offsets.tobytes(), lambda: to_device(_int64(offsets), part.device)), base
+        last, offsets, key = self._last_gradients
+        if addresses != last:
+            offsets = array.array("q", map(operator.sub, addresses, itertools.repeat(base)))
+            key = offsets.tobytes()
+            self._last_gradients = addresses, offsets, key
+        return self._of_gradients.get(key, lambda: to_device(_int64(offsets), part.device)), base
 
     def _build(self) -> Tables:
         """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
