@@ -63,7 +63,7 @@ with CUDA events after L2 was flushed; on a CPU with the wall clock, caches left
 are added to a `.grad` that exists. GB/s counts what fastreg's design moves: one pass for the value, four through
 autograd, three straight into `.grad`, two for the proximal step; *of copy* divides by what copying a tensor larger than
 the caches reached in the same run. *Extra memory* is the most that a call takes besides weights and gradients.
-fastreg's scratch memory on a CPU, about 10 MB for each thread, is kept from the first call on and so not in it.
+fastreg's scratch memory on a CPU, about 8 MB for each thread, is kept from the first call on and so not in it.
 """
 
 HOST_TIME = f"""
