@@ -20,6 +20,9 @@ from fastreg.work import Grads, Work
 CPU_BLOCK = 1 << 19
 # On a CPU, pieces of CPU_SMALL elements or more are changed where they are, not in copies together with others.
 CPU_SMALL = 1 << 14
+# PyTorch's operators use several cores from here on. Such pieces are worked on by themselves: each core then comes back
+# to its own share of scratch memory, while one core copies all that is packed.
+CPU_ALONE = 1 << 15
 DEVICE_BLOCK = 1 << 26
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -28,9 +31,11 @@ class Walk:
     """The blocks of a part: pieces of weights of one strength group, as many as fit into a block."""
 
     def __init__(self, part: Part) -> None:
-        size, small, lanes = DEVICE_BLOCK, DEVICE_BLOCK, 1
+        size, small, alone, lanes = DEVICE_BLOCK, DEVICE_BLOCK, DEVICE_BLOCK, 1
         if part.device.type == "cpu":
             size, small, lanes = CPU_BLOCK, min(CPU_BLOCK, CPU_SMALL), LANES
+            # A model of one block needs no more operator calls than one tensor.
+            alone = min(CPU_BLOCK, CPU_ALONE) if sum(part.numels) > CPU_BLOCK else CPU_BLOCK
         is_computed_in_place = part.dtype == compute_dtype(part.dtype)
         self._positions = part.positions
         # Weights that are cut, by their place among the part's, and their pieces' sizes. The pieces follow all weights.
@@ -50,13 +55,18 @@ class Walk:
                 numbers = range(n_pieces, n_pieces + len(sizes))
                 n_pieces += len(sizes)
             for number, n in zip(numbers, sizes, strict=bool(sizes)):
+                is_in_place = is_computed_in_place and n >= small
+                if n >= alone:
+                    one, none = (number,), ()
+                    blocks.append(Block(group, one, one, none) if is_in_place else Block(group, one, none, one))
+                    continue
                 if free.get(group, 0) < n:
                     if group in filled:
                         blocks.append(Block(group, *map(tuple, filled[group])))
                     filled[group], free[group] = ([], [], []), size
                 pieces, in_place, packed = filled[group]
                 pieces.append(number)
-                (in_place if is_computed_in_place and n >= small else packed).append(number)
+                (in_place if is_in_place else packed).append(number)
                 free[group] -= n
         self.blocks = (*blocks, *(Block(group, *map(tuple, lists)) for group, lists in filled.items()))
 
