@@ -37,7 +37,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def local_shards(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`local` of each."""
+    """`local_shard` of each."""
     return [local_shard(t) for t in tensors] if any_dtensor(tensors) else tensors
 
 
@@ -101,3 +101,20 @@ def is_fsdp1(module: nn.Module) -> bool:
     """Whether `module` is wrapped by the older FullyShardedDataParallel."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def check_fsdp(names: Sequence[str], weights: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    """Raises TypeError for modules wrapped by the older FSDP, RuntimeError for weights that FSDP2 shows gathered."""
+    if any(map(is_fsdp1, modules)):
+        raise TypeError(
+            "params is wrapped by FullyShardedDataParallel, whose flattened shards hide which weight is which; shard "
+            "it with torch.distributed.fsdp.fully_shard instead"
+        )
+    gathered = gathered_by_fsdp(modules)
+    for name, w in zip(names, weights, strict=True) if gathered else ():
+        if id(w) in gathered:
+            raise RuntimeError(
+                f"parameter {name!r} is gathered by FSDP at this moment, as between forward and backward; call this "
+                "before the forward pass, or after backward as attach() does, or shard with "
+                "reshard_after_forward=True; after a forward pass without backward, call model.reshard() first"
+            )

@@ -13,6 +13,7 @@ from fastreg.formulas import Measure, Penalty
 from fastreg.inplace import add_gradient, apply_prox
 from fastreg.selection import Impl, Selection, check_impl, check_reduce
 from fastreg.strengths import Strength, accumulate_dtype, check_strength
+from fastreg.traced import is_transformed
 from fastreg.work import Work
 
 
@@ -186,18 +187,18 @@ class ElasticNet:
 
     def _current(self) -> Work:
         """The weights with their groups and strengths, as they are now."""
-        is_compiling = torch.compiler.is_compiling()
-        tensors = self._selection.current(self._params, is_compiling)
+        is_traced = torch.compiler.is_compiling() or is_transformed()
+        tensors = self._selection.current(self._params, is_traced)
         if tensors is None:
             self._selection, self._work = Selection(self._params, *self._filters), None
             tensors = self._selection.candidates.tensors
         # Not under torch.compile: the kept work holds floats, which would be compiled in as constants.
-        work = None if is_compiling else self._work
-        if work is not None and work.layout is self._selection.layout:
+        work = None if is_traced else self._work
+        if work is not None and work.layout is self._selection.layout:  # or both have none, as of sharded weights
             return work
         l1, l2 = self.l1, self.l2
-        work = self._selection.work(tensors, l1, l2, self._impl)
-        if not is_compiling and self._selection.work_can_be_kept(l1, l2):
+        work = self._selection.work(tensors, l1, l2, self._impl, is_traced=is_traced)
+        if not is_traced and self._selection.work_can_be_kept(l1, l2):
             self._work = work
         return work
 

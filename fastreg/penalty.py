@@ -23,7 +23,7 @@ from fastreg.dtensor import local_shards
 from fastreg.filters import Filter
 from fastreg.formulas import Penalty
 from fastreg.inplace import add_gradient, apply_prox
-from fastreg.selection import Impl, Selection, select
+from fastreg.selection import Impl, select
 from fastreg.sharded import Ownership
 from fastreg.strengths import Strength, check_strength
 
@@ -162,7 +162,7 @@ def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> 
 
     Args and errors: as `elastic_penalty`; ValueError too where the selected weights have no elements.
     """
-    weights = Selection(params, include, exclude).weights
+    weights = select(params, 0.0, 0.0, include, exclude, None).weights
     total = sum(w.numel() for w in weights)
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")

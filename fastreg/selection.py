@@ -2,22 +2,22 @@
 
 import copy
 import operator
-import re
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import chain, compress
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain, compress, repeat
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fastreg.collect import Candidate, OwnStrengths, collect
-from fastreg.dtensor import any_dtensor, gathered_by_fsdp, is_fsdp1
+from fastreg.dtensor import any_dtensor, check_fsdp
 from fastreg.filters import Filter, bias_and_norm, filtered
 from fastreg.kinds import check_kinds
 from fastreg.layout import Layout, find_layout
 from fastreg.strengths import Strength, Strengths, check_strength, per_group
+from fastreg.traced import is_transformed
 from fastreg.work import Work
 
 Impl: TypeAlias = Literal["triton", "torch"] | None
@@ -33,8 +33,8 @@ class HeldCandidates:
         self._filled = [each for each in self._contents if each]
         self._values = list(_values(self._filled))
 
-    def now(self, params: Any = None) -> Sequence[Tensor] | None:
-        """The same tensors, or None where a module has others or other modules in it."""
+    def now(self, params: Any) -> Sequence[Tensor] | None:
+        """The same tensors, or None where a module has others or other modules in it; `params` are held, too."""
         same = list(map(len, self._contents)) == self._sizes and all(
             map(operator.is_, _values(self._filled), self._values)
         )
@@ -42,24 +42,38 @@ class HeldCandidates:
 
 
 class RememberedCandidates:
-    """Keeps nothing alive. Tensors that merely look the same may be taken for the same ones: they would do as well."""
+    """Keeps nothing alive: others may come to have the ids. What else counts of them is compared by `Selection`."""
 
-    def __init__(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], ids: list[int], places: list[int]) -> None:
         self._modules = list(map(weakref.ref, modules))
-        values = list(_values(_contents(modules)))
-        self._ids = list(map(id, values))
-        place = {each: i for i, each in enumerate(self._ids)}
-        self._places = [place[id(t)] for t in tensors] if modules else []
+        self._ids = ids
+        self._places = places
 
     def now(self, params: Any) -> Sequence[Tensor] | None:
         """The tensors in `params`, a list of them or the same module, or None where modules have changed."""
         if not self._modules:
-            return params  # type: ignore[no-any-return]
+            return list(params)  # a copy: the list is its owner's to change, also before backward
         modules: list[Any] = [reference() for reference in self._modules]
-        if modules[0] is not params or None in modules:
+        if modules[0] is not params or any(map(operator.is_, modules, repeat(None))):
             return None
         values = list(_values(_contents(modules)))
         return list(map(values.__getitem__, self._places)) if list(map(id, values)) == self._ids else None
+
+
+def remembered_candidates(
+    params: Any, tensors: Sequence[Tensor], modules: Sequence[nn.Module]
+) -> RememberedCandidates | None:
+    """What to remember of `params`, or None where they are neither a list of tensors nor a module like any other."""
+    if not isinstance(params, nn.Module):
+        just_tensors = len(tensors) == len(params) and all(map(operator.is_, tensors, params))
+        return RememberedCandidates([], [], []) if just_tensors else None
+    ids = list(map(id, _values(_contents(modules))))
+    place = {each: i for i, each in enumerate(ids)}
+    own = type(params)
+    is_usual = own.named_parameters is nn.Module.named_parameters and own.named_modules is nn.Module.named_modules
+    if not is_usual or not all(id(t) in place for t in tensors):
+        return None
+    return RememberedCandidates(modules, ids, [place[id(t)] for t in tensors])
 
 
 def _contents(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
@@ -67,7 +81,7 @@ def _contents(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
 
 
 def _values(contents: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, contents))
+    return chain.from_iterable([each.values() for each in contents])  # not all of them are dicts
 
 
 class Selection:
@@ -79,7 +93,7 @@ class Selection:
         self.names = [c.name for c in chosen]
         weights = [c.tensor for c in chosen]
         check_kinds(self.names, weights)
-        _check_fsdp(chosen, self._modules)
+        check_fsdp(self.names, weights, self._modules)
         # Groups that bring no strengths are one. Those that do are not compared: two that become equal would otherwise
         # make another number of groups.
         keys = [c.group if any(s is not None for s in own_strengths[c.group]) else None for c in chosen]
@@ -103,26 +117,27 @@ class Selection:
         """The tensors that count, of a selection that holds them."""
         return self._chosen(self.candidates.tensors)
 
-    def remembered(self) -> "Selection":
-        """The same without holding any tensor or module; its candidates are to be asked with the params."""
+    def remembered(self, params: Any) -> "Selection | None":
+        """The same without holding any tensor or module, if there is a way to find them again."""
+        candidates = remembered_candidates(params, self.candidates.tensors, self._modules)
+        if candidates is None:
+            return None
         twin = copy.copy(self)
-        twin.candidates = RememberedCandidates(self.candidates.tensors, self._modules)
-        twin._modules, twin._are_leaves = [], None
+        twin.candidates, twin._modules, twin._are_leaves = candidates, [], None
         return twin
 
-    def can_be_remembered(self, params: Any) -> bool:
-        """Whether the candidates are those of a module, or just the tensors of a list."""
-        tensors = self.candidates.tensors
-        return isinstance(params, nn.Module) or (
-            len(tensors) == len(params) and all(map(operator.is_, tensors, params))
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layout": None}  # whose guards cannot be pickled
 
-    def current(self, params: Any, is_compiling: bool) -> Sequence[Tensor] | None:
-        """The candidates, or None where one was frozen, thawed or replaced since, or a module."""
+    def current(self, params: Any, is_traced: bool) -> Sequence[Tensor] | None:
+        """The candidates, or None where one was frozen, thawed, converted or replaced since, or a module.
+
+        Where a compiler or a transform looks on, weights have no memory to be asked for, and no layout.
+        """
         tensors: Sequence[Tensor] | None = self.candidates.now(params)
         if tensors is None:
             return None
-        if is_compiling:
+        if is_traced:
             return tensors if _kinds(tensors) == self._kinds_of_all else None
         weights = self._chosen(tensors)
         if self.layout is not None and self.layout.holds(weights):
@@ -139,7 +154,14 @@ class Selection:
         return len(self._own_strengths) == 1 or not any(isinstance(s, torch.Tensor) for s in strengths)
 
     def work(
-        self, tensors: Sequence[Tensor], l1: Strength, l2: Strength, impl: str | None, all_reduce: bool = True
+        self,
+        tensors: Sequence[Tensor],
+        l1: Strength,
+        l2: Strength,
+        impl: str | None,
+        all_reduce: bool = True,
+        *,
+        is_traced: bool = False,
     ) -> Work:
         """The weights among the candidates with their groups' own strengths, or `l1` and `l2` where one has none."""
         weights = self._chosen(tensors)
@@ -149,8 +171,7 @@ class Selection:
             per_group([l1 if own is None else own for own, _ in self._own_strengths], device, "l1"),
             per_group([l2 if own is None else own for _, own in self._own_strengths], device, "l2"),
         )
-        layout = None if torch.compiler.is_compiling() else self.layout
-        is_attached = False
+        is_attached, layout = False, None if is_traced else self.layout
         return Work(
             self.names, weights, self.groups, n_groups, strengths, impl,
             self._is_sharded, all_reduce, is_attached, self._are_leaves, layout,
@@ -160,8 +181,9 @@ class Selection:
         return tensors if self._all_chosen else list(compress(tensors, self._is_chosen))
 
 
-def _kinds(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type]]:
-    return [t.requires_grad for t in tensors], list(map(type, tensors))
+def _kinds(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type], list[int]]:
+    # The dimensions are what `bias_and_norm` goes by.
+    return [t.requires_grad for t in tensors], list(map(type, tensors)), [t.ndim for t in tensors]
 
 
 # What single calls have selected, for the next one; it keeps no tensor alive.
@@ -177,34 +199,31 @@ def select(
     check_impl(impl)
     check_reduce(all_reduce)
     l1, l2 = check_strength(l1, "l1"), check_strength(l2, "l2")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         selection = Selection(params, include, exclude)
-        return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
+        return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce, is_traced=True)
     if not isinstance(params, (nn.Module, list)) and isinstance(params, Iterator):
         params = list(params)
-    key = _key(params, include, exclude)
+    # With other filters all would have to be compared that they may go by: names, classes, what a callable looks at.
+    key: Hashable = None
+    if include is None and (exclude is None or exclude is bias_and_norm):
+        if isinstance(params, nn.Module):
+            key = id(params), exclude
+        elif isinstance(params, (list, tuple)):
+            key = tuple(map(id, params)), exclude
     remembered = None if key is None else _REMEMBERED.get(key)
     if remembered is not None:
-        tensors = remembered.current(params, is_compiling=False)
+        tensors = remembered.current(params, is_traced=False)
         if tensors is not None:
             return remembered.work(tensors, l1, l2, impl, all_reduce)
     selection = Selection(params, include, exclude)
-    if key is not None and selection.can_be_remembered(params):
+    to_remember = None if key is None else selection.remembered(params)
+    if to_remember is not None:
         with _REMEMBERING:
             while len(_REMEMBERED) >= MOST_REMEMBERED and key not in _REMEMBERED:
                 del _REMEMBERED[next(iter(_REMEMBERED))]
-            _REMEMBERED[key] = selection.remembered()
+            _REMEMBERED[key] = to_remember
     return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
-
-
-def _key(params: Any, include: Filter, exclude: Filter) -> Hashable:
-    """Where to find a selection again, or None for one that has to be made anew."""
-    # A callable may change its mind, and an exclude that matches nothing has to warn.
-    if exclude not in (None, bias_and_norm) or not isinstance(include, (type(None), str, re.Pattern, type)):
-        return None
-    if isinstance(params, nn.Module):
-        return id(params), include, exclude
-    return (tuple(map(id, params)), include, exclude) if isinstance(params, (list, tuple)) else None
 
 
 def check_impl(impl: object) -> None:
@@ -229,19 +248,3 @@ def _trainable(candidates: list[Candidate]) -> list[bool]:
     if not any(trainable):
         raise ValueError(f"nothing selected: all {len(candidates)} parameters are frozen (requires_grad=False)")
     return trainable
-
-
-def _check_fsdp(chosen: list[Candidate], modules: Iterable[nn.Module]) -> None:
-    if any(map(is_fsdp1, modules)):
-        raise TypeError(
-            "params is wrapped by FullyShardedDataParallel, whose flattened shards hide which weight is which; shard "
-            "it with torch.distributed.fsdp.fully_shard instead"
-        )
-    gathered = gathered_by_fsdp(modules)
-    for c in chosen if gathered else []:
-        if id(c.tensor) in gathered:
-            raise RuntimeError(
-                f"parameter {c.name!r} is gathered by FSDP at this moment, as between forward and backward; call this "
-                "before the forward pass, or after backward as attach() does, or shard with "
-                "reshard_after_forward=True; after a forward pass without backward, call model.reshard() first"
-            )

@@ -22,9 +22,14 @@ from fastreg.work import Grads, Work
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
 def is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    """Whether a torch.func transform, forward-mode differentiation or make_fx is active."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch._C._get_dispatch_mode(_PROXY) is not None and not torch.compiler.is_compiling()
 
 
 # Asked once, while tracing; torch.compiler.assume_constant_result would say so too, but imports the compiler.

@@ -19,6 +19,7 @@ class Compiled(triton.compiler.CompiledKernel):  # type: ignore[misc]
 
     def __init__(self, names: list[str], launches: list[dict[str, Any]]) -> None:
         self.names, self.launches = names, launches
+        self.module = None  # nothing to unload
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:

@@ -1,6 +1,8 @@
 """A single call remembers what it selected: the next one must see every change, and nothing may be kept alive."""
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -10,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
 from fastreg import selection
 from tests import oracle
 from tests.cases import L1, L2
+from tests.helpers import Path
 
 
 class Net(nn.Module):
@@ -218,3 +222,123 @@ def test_a_second_call_selects_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             fastreg.elastic_penalty(params, 2 * L1, 0.0).backward()
             fastreg.add_elastic_grad_(params, L1, L2)
             fastreg.elastic_prox_(params, L1, lr=0.0)
+
+
+def test_a_list_is_its_owners(path: Path) -> None:
+    """It may be changed between forward and backward, and grow from call to call."""
+    impl, device = path
+    first, second = (nn.Parameter(torch.full((n,), float(n), device=device)) for n in (2, 3))
+    params = [first, second]
+    for _ in range(2):
+        penalty = fastreg.elastic_penalty(params, L1, L2, impl=impl)
+    params.reverse()
+    params.append(nn.Parameter(torch.ones(1, device=device)))
+    grads = torch.autograd.grad(penalty, [first, second], retain_graph=True)
+    penalty.backward()
+    for w, grad in zip((first, second), grads, strict=True):
+        assert torch.equal(grad, L1 * w.detach().sign() + 2 * L2 * w.detach())
+        assert w.grad is not None
+        assert torch.equal(w.grad, grad)
+
+
+def test_transforms_of_several_penalties(path: Path) -> None:
+    """They show tensors without memory, whose ids are used again."""
+    impl, device = path
+    w = torch.randn(5, device=device)
+    expected = torch.func.grad(lambda w: 2 * (L1 * w.abs().sum() + L2 * w.square().sum()))(w)
+
+    def twice(w: Tensor) -> Tensor:
+        return fastreg.elastic_penalty([w], L1, L2, impl=impl) + fastreg.elastic_penalty([w], L1, L2, impl=impl)
+
+    for _ in range(3):
+        torch.testing.assert_close(torch.func.grad(twice)(w), expected)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(twice))(w.repeat(3, 1)), expected.repeat(3, 1))
+    net = nn.Linear(2, 2, device=device)
+    reg = fastreg.ElasticNet(net, L1, L2, impl=impl)
+    reg()
+    reg()
+
+    def of_net(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(_Called(net, reg), {f"net.{k}": v for k, v in parameters.items()}, ())
+
+    found = torch.func.grad(of_net)({k: v.detach() for k, v in net.named_parameters()})
+    torch.testing.assert_close(found["weight"], 2 * (L1 * net.weight.sign() + 2 * L2 * net.weight).detach())
+
+
+class _Called(nn.Module):
+    def __init__(self, net: nn.Module, reg: fastreg.ElasticNet) -> None:
+        super().__init__()
+        self.net, self.reg = net, reg
+
+    def forward(self) -> Tensor:
+        return self.reg() + self.reg()
+
+
+def test_recorded_by_make_fx(path: Path) -> None:
+    impl, device = path
+    w = torch.randn(5, device=device)
+
+    def twice(w: Tensor) -> Tensor:
+        return fastreg.elastic_penalty([w], L1, L2, impl=impl) + fastreg.elastic_penalty([w], L1, L2, impl=impl)
+
+    graph = make_fx(twice)(w)
+    for x in (w, w + 1):
+        torch.testing.assert_close(graph(x), twice(x))
+
+
+class _Equal(nn.Linear):
+    def __eq__(self, other: object) -> bool:
+        return self.name == other.name  # type: ignore[attr-defined]
+
+    __hash__ = nn.Module.__hash__
+    name = "linear"
+
+
+class _Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["w"] = nn.Parameter(torch.ones(3))
+
+    def named_parameters(self, *args: Any, **keywords: Any) -> Any:
+        yield "w", self.__dict__["w"]
+
+
+def test_unusual_modules() -> None:
+    net = nn.Sequential(_Equal(2, 2), _Equal(2, 2))
+    assert_counts(net, list(net.parameters()))
+    hidden = _Hidden()
+    assert_counts(hidden, [hidden.__dict__["w"]])
+    script = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))  # type: ignore[no-untyped-call]
+    assert_counts(script, list(script.parameters()))
+
+
+def test_biases_that_get_another_shape() -> None:
+    for _ in range(5):
+        net = nn.Linear(4, 4)
+        assert_counts(net, [net.weight], exclude=fastreg.bias_and_norm)
+        net.bias.data = torch.ones(4, 1)
+        assert_counts(net, [net.weight, net.bias], exclude=fastreg.bias_and_norm)
+        net.bias = nn.Parameter(torch.ones(4))
+        assert_counts(net, [net.weight], exclude=fastreg.bias_and_norm)
+        reg = fastreg.ElasticNet(net, L1, L2, exclude=fastreg.bias_and_norm)
+        reg()
+        net.bias.data = torch.ones(4, 1)
+        np.testing.assert_allclose(reg().item(), oracle.penalty([net.weight, net.bias], L1, L2)[0], rtol=1e-6)
+
+
+def test_names_that_move() -> None:
+    net = nn.ModuleDict({"old": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    assert_counts(net, list(net["old"].parameters()), include="old")
+    net["new"] = net.pop("old")
+    with pytest.raises(ValueError, match="matches none"):
+        fastreg.elastic_penalty(net, L1, L2, include="old")
+
+
+def test_a_used_penalty_can_be_pickled() -> None:
+    net = nn.Linear(2, 2)
+    reg = fastreg.ElasticNet(net, L1, L2)
+    for _ in range(3):
+        reg()
+    again = pickle.loads(pickle.dumps(reg))
+    assert torch.equal(again(), reg())
+    assert torch.equal(copy.deepcopy(reg)(), reg())
