@@ -184,3 +184,14 @@ def test_prox_of_groups_whose_learning_rates_become_equal() -> None:
             for group, lr in zip(optimizer.param_groups, pair, strict=True):
                 group["lr"] = lr
         assert train(model, optimizers[0], steps=1) == by_hand("prox", other, optimizers[1], steps=1)
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_parameter_replaced_between_steps_is_named(mode: Any) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ElasticNet(model, 0.1, 0.1).attach(optimizer, mode)
+    optimizer.step()
+    model.bias = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="'bias' is not in the optimizer"):
+        optimizer.step()

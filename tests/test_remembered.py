@@ -342,3 +342,18 @@ def test_a_used_penalty_can_be_pickled() -> None:
     again = pickle.loads(pickle.dumps(reg))
     assert torch.equal(again(), reg())
     assert torch.equal(copy.deepcopy(reg)(), reg())
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,)], ids=["same shape", "another shape"])
+def test_data_assigned_after_a_remembered_forward(path: Path, shape: tuple[int, ...]) -> None:
+    impl, device = path
+    w = nn.Parameter(torch.ones(3, device=device))
+    for _ in range(3):
+        penalty = fastreg.elastic_penalty([w], L1, L2, impl=impl)
+    w.data = torch.full(shape, 2.0, device=device)
+    with pytest.raises(RuntimeError, match="modified"):
+        penalty.backward()
+    assert w.grad is None
+    fastreg.elastic_penalty([w], L1, L2, impl=impl).backward()
+    assert w.grad is not None
+    assert w.grad.shape == shape
