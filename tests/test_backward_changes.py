@@ -135,3 +135,28 @@ def test_a_leaf_changed_beside_weights_that_are_no_leaves(path: Path) -> None:
     nudge(scene.weights[1])
     with pytest.raises(RuntimeError, match=MODIFIED):
         penalty.backward()
+
+
+def known_weights(device: str) -> list[Tensor]:
+    return [grid(n, device=device).requires_grad_() for n in (3, 5, 7, 9)]
+
+
+def test_known_weights_changed_before_backward(path: Path) -> None:
+    """From the second call on only versions are noted of weights whose layout is known."""
+    scene = Scene("direct", path, known_weights)
+    for _ in range(3):
+        penalty = scene.penalty()
+    by_hand(scene.weights)
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        penalty.backward()
+    assert all(w.grad is None for w in scene.weights)
+
+
+def test_known_weights_frozen_before_backward(path: Path) -> None:
+    scene = Scene("direct", path, known_weights)
+    for _ in range(3):
+        penalty = scene.penalty()
+    scene.weights[0].requires_grad_(False)
+    penalty.backward()
+    assert scene.weights[0].grad is None
+    assert scene.weights[1].grad is not None

@@ -127,3 +127,11 @@ def test_what_is_no_compiled_kernel_is_launched_as_it_is(monkeypatch: pytest.Mon
     for _ in range(2):
         fastreg.add_elastic_grad_([w], 0.5, 0.25, impl="triton")
     assert seen == ["_sweep_kernel", "_finish_kernel"] * 2
+
+
+def test_sums_and_partial_sums_do_not_overlap(launches: list[dict[str, Any]]) -> None:
+    weights = [torch.ones(5, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32)]
+    fastreg.elastic_penalty([{"params": w, "l1": 0.5 + i} for i, w in enumerate(weights)], impl="triton")
+    first, second, finish = launches
+    assert first["partials"] == finish["partials"] == finish["sums"] + 3 * 16
+    assert second["partials"] == first["partials"] + 2 * 16
