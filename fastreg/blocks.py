@@ -108,11 +108,7 @@ def block_sweep(
     scaled = strengths
     if on_host and (is_plain or mode is not Mode.VALUE):
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        if work.n_groups == 1:
-            l1, l2 = [s.item() if isinstance(s, Tensor) else s for s in work.strengths]
-            strengths = [(l1, l2)]
-        else:
-            strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
+        strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
         if mode is not Mode.VALUE:
             l1_scale, l2_scale = [s.item() if isinstance(s, Tensor) else s for s in scale]
             scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in strengths]

@@ -23,7 +23,6 @@ class DeviceCache:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device = device
-        self._on_gpu = device.type == "cuda"
         self._size = size
         self._entries: dict[Hashable, _Entry] = {}
         self._storing = threading.Lock()
@@ -37,14 +36,12 @@ class DeviceCache:
             elif entry.filled is not None:
                 _follow(entry)
             return entry.table  # type: ignore[no-any-return]
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # tables are for every later call
-                built = build()
-        else:
+        # In inference mode too, tables are for every later call.
+        with torch.inference_mode(False):
             built = build()
         # A table built during capture is in the graph's own memory, and filled by its replays only.
         if not is_capturing(self.device):
-            stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             entry = _Entry(built, stream and (stream.record_event(), stream))
             with self._storing:
                 while len(self._entries) >= self._size:

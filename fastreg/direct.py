@@ -52,7 +52,7 @@ def must_return_gradients(is_sharded: bool) -> bool:
     # itself, on a stream that is safe to follow only when the backward pass is over.
     if not _HAS_ENGINE_ENTRY_POINTS or (not is_sharded and _HAS_DISTRIBUTED and torch.distributed.is_initialized()):
         return True
-    return torch.is_anomaly_enabled() or _is_compiled()
+    return _is_watched()
 
 
 def are_hooked(weights: Sequence[Tensor]) -> bool:
@@ -63,7 +63,7 @@ def are_hooked(weights: Sequence[Tensor]) -> bool:
 
 def only_accumulates(node: Any, n_weights: int) -> bool:
     """Whether the running pass does nothing with the last `n_weights` gradients of `node` but add each to its .grad."""
-    if torch.is_anomaly_enabled() or _is_compiled():
+    if _is_watched():
         return False
     if getattr(node, "was_hooked", True):
         handle = node.register_hook(lambda inputs, outputs: None)
@@ -81,10 +81,10 @@ def only_accumulates(node: Any, n_weights: int) -> bool:
         return False
 
 
-def _is_compiled() -> bool:
-    """Whether compiled autograd records the backward pass."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and bool(getattr(module, "compiled_autograd_enabled", False))
+def _is_watched() -> bool:
+    """Whether anomaly mode or compiled autograd looks at what nodes return."""
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    return torch.is_anomaly_enabled() or bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
 
 
 def run_after_backward(callback: Callable[[], None], device: torch.device, tensors: Sequence[object]) -> None:

@@ -1,4 +1,4 @@
-"""What was learnt of a list of weights, and whether it still holds: the one cache.
+"""What was learnt of the memory of a list of weights, and whether it still holds: the one cache of it.
 
 A layout holds addresses and sizes, never tensors, so that caching it keeps no model alive. A GPU waits for whatever
 Python asks of hundreds of tensors: each is asked for its address, and torch.compile's guards ask the rest, in C++.

@@ -104,12 +104,13 @@ class Selection:
         ]
         tensors = [c.tensor for c in found]
         self.candidates: Any = HeldCandidates(tensors, self._modules)
-        self._is_chosen = [each in set(weights) for each in tensors]
+        chosen_tensors = set(weights)  # by identity, as tensors are hashed
+        self._is_chosen = [each in chosen_tensors for each in tensors]
         self._all_chosen = all(self._is_chosen)
         self._kinds_of_all = _kinds(tensors)
         self._are_leaves: bool | None = all([w.is_leaf for w in weights])
         self._is_sharded = any_dtensor(weights)
-        # Of the weights at the last call. Threads may call in different modes; each finds a layout of the same memory.
+        # Of the last call's weights. Threads may call in different modes; each finds a layout of the same memory.
         self.layout: Layout | None = None
 
     @property
@@ -165,8 +166,7 @@ class Selection:
     ) -> Work:
         """The weights among the candidates with their groups' own strengths, or `l1` and `l2` where one has none."""
         weights = self._chosen(tensors)
-        n_groups = len(self._own_strengths)
-        device = weights[0].device
+        n_groups, device = len(self._own_strengths), weights[0].device
         strengths = Strengths(
             per_group([l1 if own is None else own for own, _ in self._own_strengths], device, "l1"),
             per_group([l2 if own is None else own for _, own in self._own_strengths], device, "l2"),
