@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import layout, strengths
+from fastreg import layout, selection, strengths
 from fastreg.device_cache import DeviceCache
 from tests import oracle
 from tests.cases import L1, L2, leaf
@@ -86,6 +86,25 @@ def test_layouts_stored_by_many_threads(frequent_switches: None) -> None:
 
     run_in_threads(8, call)
     assert len(layout._LAYOUTS) <= layout.MOST_KEYS
+
+
+def test_selections_are_stored_under_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, a thread that makes room would meet another that stores: seldom, and so asked for here."""
+
+    class Guarded(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            assert selection._REMEMBERING.locked()
+            super().__setitem__(key, value)
+
+        def __delitem__(self, key: Any) -> None:
+            assert selection._REMEMBERING.locked()
+            super().__delitem__(key)
+
+    monkeypatch.setattr(selection, "_REMEMBERED", Guarded())
+    weights = [torch.ones(3) for _ in range(selection.MOST_REMEMBERED + 2)]
+    for w in weights:
+        fastreg.elastic_penalty([w], L1, L2)
+    assert len(selection._REMEMBERED) == selection.MOST_REMEMBERED
 
 
 def test_device_cache_filled_by_many_threads(frequent_switches: None) -> None:
