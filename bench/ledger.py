@@ -151,8 +151,8 @@ def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
     for mode, with_value in SWEEPS[task]:
         partials, reads_grads, writes = 0, mode == Mode.ACCUMULATE, mode != Mode.VALUE
         for n_bytes, n_chunks in launch_sizes(weights):
-            # Per chunk: its tensor's number, that tensor's row, and the gradient's address.
-            read = n_bytes * (1 + reads_grads) + n_chunks * (4 + 32 + 8 * reads_grads)
+            # Per chunk: its row, and where its gradient is.
+            read = n_bytes * (1 + reads_grads) + n_chunks * (32 + 8 * reads_grads)
             operations.append(Operation("_sweep_kernel", 1, read, n_bytes * writes + 16 * n_chunks * with_value))
             partials += 16 * n_chunks
         if with_value:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fastreg.device_cache import DeviceCache, to_device
 from fastreg.formulas import Measure, Mode
-from fastreg.kernels.sweep_kernel import _finish_kernel, _sweep_kernel
+from fastreg.kernels.finish_kernel import _finish_kernel
+from fastreg.kernels.sweep_kernel import _sweep_kernel
+from fastreg.kernels.target import Target, current_target
 from fastreg.layout import Part
 from fastreg.strengths import Scale
 from fastreg.work import Grads, Work
@@ -23,8 +25,8 @@ from fastreg.work import Grads, Work
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
 # Elements that one Triton program reads at a time: 16 per thread of four warps.
 BLOCK = 2048
-# Enough programs to fill the largest GPUs several times over; beyond that, chunks grow instead.
-MOST_CHUNKS = 8192
+# About what the largest GPUs hold at a time; beyond that, chunks grow instead.
+MOST_CHUNKS = 2048
 MOST_BLOCKS_PER_CHUNK = 32
 NUM_WARPS = 4
 FINISH_BLOCK, FINISH_WARPS = 1024, 8
@@ -41,11 +43,8 @@ _TRITON_DTYPES = {
 class Tables(NamedTuple):
     """Device memory that the kernels read; see `_sweep_kernel` for the layout."""
 
-    tensors: Tensor  # int64 [n_tensors, 4]
-    chunk_tensor: Tensor  # int32 [n_chunks]
-    chunk_group: Tensor  # int32 [n_chunks]
+    chunks: Tensor  # int64 [n_chunks, 4]
     n_chunks: int
-    blocks_per_chunk: int
 
 
 class PointerTables:
@@ -58,12 +57,17 @@ class PointerTables:
         # Where gradients were at the last call, their offsets, and these as a key; one value, for the sake of threads.
         self._last_gradients: tuple[list[int], array.array[int], bytes] = [], array.array("q"), b""
 
+    @functools.cached_property
+    def target(self) -> Target:
+        """Asked for while the part's device is the current one."""
+        return current_target()
+
     def of_weights(self) -> Tables:
-        """Addresses and sizes of the weights, and how they are cut into chunks."""
+        """Where the chunks that the weights are cut into are, and how large."""
         return self.cache.get("weights", self._build)
 
     def of_gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """Byte offsets, int64 [n_tensors], and the base address they count from: they outlive a common move."""
+        """The table and the distance that `_sweep_kernel` finds gradients by; the table outlives a common move."""
         part = self._part
         own = grads if len(part.positions) == len(grads) else map(grads.__getitem__, part.positions)
         addresses = list(map(Tensor.data_ptr, own))
@@ -73,22 +77,36 @@ class PointerTables:
             offsets = array.array("q", map(operator.sub, addresses, itertools.repeat(base)))
             key = offsets.tobytes()
             self._last_gradients = addresses, offsets, key
-        return self._of_gradients.get(key, lambda: to_device(_int64(offsets), part.device)), base
+        first_weight = part.addresses[0]
+
+        def build() -> Tensor:
+            own_offsets = map(operator.sub, part.addresses, itertools.repeat(first_weight))
+            return to_device(_int64(array.array("q", map(operator.sub, offsets, own_offsets))), part.device)
+
+        return self._of_gradients.get(key, build), base - first_weight
 
     def _build(self) -> Tables:
-        """With a fixed number of tensor operations; the tables with a row per chunk are made on the device."""
+        """With a fixed number of tensor operations: what has a row per chunk is made on the device."""
         part = self._part
         blocks_per_chunk = min(max(-(-sum(part.numels) // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
         chunk_size = blocks_per_chunk * BLOCK
         n_chunks = [-(-numel // chunk_size) for numel in part.numels]
         first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
-        rows = list(zip(part.addresses, part.numels, first_chunks, part.groups, strict=True))
+        rows = zip(part.addresses, part.numels, part.groups, range(len(n_chunks)), first_chunks, n_chunks, strict=True)
         numbers = array.array("q", itertools.chain.from_iterable(rows))
-        tensors = to_device(_int64(numbers).view(-1, 4), part.device)
-        counts = (tensors[:, 1] + chunk_size - 1) // chunk_size
-        chunk_tensor = torch.repeat_interleave(counts, output_size=sum(n_chunks))
-        chunk_group = tensors[:, 3][chunk_tensor].int()
-        return Tables(tensors, chunk_tensor.int(), chunk_group, sum(n_chunks), blocks_per_chunk)
+        tensors = to_device(_int64(numbers).view(-1, 6), part.device)
+        chunks = torch.repeat_interleave(tensors, tensors[:, 5], dim=0, output_size=sum(n_chunks))
+        start = (torch.arange(len(chunks), device=part.device) - chunks[:, 4]) * chunk_size
+        chunks[:, 0] += start * part.dtype.itemsize
+        chunks[:, 1] = (chunks[:, 1] - start).clamp(max=chunk_size)
+        return Tables(chunks[:, :4].contiguous(), len(chunks))
+
+
+def _sorted_by_group(groups: Sequence[Tensor], n_groups: int) -> Tensor:
+    """What `_finish_kernel` finds the chunks of a group by, from the groups of each part's chunks."""
+    group, order = torch.cat(list(groups)).sort(stable=True)
+    first = torch.searchsorted(group, torch.arange(n_groups + 1, device=group.device))
+    return torch.cat([first, order, group]).int()
 
 
 def kernel_sweep(
@@ -133,16 +151,18 @@ def kernel_sweep(
     for part, pointers, table in tables:
         if table.n_chunks == 0:
             continue
-        grad_table, grad_base = (None, 0) if grads is None else pointers.of_gradients(grads)
+        grad_table, grad_distance = (None, 0) if grads is None else pointers.of_gradients(grads)
+        target = pointers.target
+        # A value in float64, of models with any such weights, deserves sums in float64.
+        sum_dtype = target.sum_dtype if value_dtype is torch.float32 else value_dtype
         _launch(
             _sweep_kernel,
             table.n_chunks,
-            (device.index, part.dtype, mode._value_, sums is None, BLOCK, NUM_WARPS),
+            (device.index, part.dtype, mode._value_, sum_dtype, BLOCK, NUM_WARPS),
             {
-                "table": table.tensors.data_ptr(),
-                "chunk_tensor": table.chunk_tensor.data_ptr(),
+                "table": table.chunks.data_ptr(),
                 "grad_table": 0 if grad_table is None else grad_table.data_ptr(),
-                "grad_base": grad_base,
+                "grad_distance": grad_distance,
                 "partials": next_partial,
                 "l1": l1 * scale_l1,
                 "l2": l2 * scale_l2,
@@ -151,12 +171,12 @@ def kernel_sweep(
                 "scale_l1_address": at_scale_l1,
                 "scale_l2_address": at_scale_l2,
                 "doubles": doubles,
-                "blocks_per_chunk": table.blocks_per_chunk,
             },
             {
                 "DTYPE": _TRITON_DTYPES[part.dtype],
                 "MODE": mode._value_,  # `mode.value` is a slower property
-                "REDUCE": sums is not None,
+                "SUM_DTYPE": None if sum_dtype is None else _TRITON_DTYPES[sum_dtype],
+                "LANES": NUM_WARPS * target.threads_per_warp,
                 "BLOCK": BLOCK,
             },
             NUM_WARPS,
@@ -166,17 +186,17 @@ def kernel_sweep(
         return None
     total = torch.empty((), dtype=value_dtype, device=device)
     terms = (torch.empty_like(total), torch.empty_like(total)) if with_terms else None
-    chunk_group = None
+    by_group = None
     if n_groups > 1:
-        of_all = functools.partial(torch.cat, [table.chunk_group for _, _, table in tables])
-        chunk_group = tables[0][1].cache.get("groups of all parts", of_all)
+        of_all = functools.partial(_sorted_by_group, [table.chunks[:, 2] for _, _, table in tables], n_groups)
+        by_group = tables[0][1].cache.get("groups of all parts", of_all)
     _launch(
         _finish_kernel,
         1 + n_groups,
         (device.index, value_dtype, FINISH_BLOCK, FINISH_WARPS),
         {
             "partials": partials,
-            "chunk_group": 0 if chunk_group is None else chunk_group.data_ptr(),
+            "groups": 0 if by_group is None else by_group.data_ptr(),
             "total": total.data_ptr(),
             "l1_term": 0 if terms is None else terms[0].data_ptr(),
             "l2_term": 0 if terms is None else terms[1].data_ptr(),
@@ -220,7 +240,7 @@ def _launch(
     if compiled is not None:
         compiled[n_programs, 1, 1](*arguments.values(), *constants.values())
         return
-    launched = kernel[(n_programs,)](**arguments, **constants, num_warps=num_warps)
+    launched = kernel[(n_programs,)](**arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
     # Neither the interpreter returns one, nor what tests put in the place of a kernel.
     if isinstance(kernel, triton.runtime.JITFunction) and isinstance(launched, triton.compiler.CompiledKernel):
         _COMPILED[key] = launched

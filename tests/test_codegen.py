@@ -47,10 +47,10 @@ def test_float64_instructions_per_element(variant: str, dtype: str) -> None:
     elements = elements_per_thread("sm_90") if VARIANTS[variant].with_value else 0
     converted = sum(n for opcode, n in loop.items() if opcode.startswith("F2F.F64"))
     computed = sum(n for opcode, n in loop.items() if opcode.startswith(("DADD", "DFMA", "DMUL")))
-    # One conversion, one addition of |w|, one fused w * w + sum, and one more of each for every 16 bytes, to add what a
-    # thread summed to its accumulators; nothing where no value is asked for.
-    assert converted == elements
-    assert elements <= computed <= 2.25 * elements
+    # One conversion, one addition of |w|, and 1.5 operations for w * w: two take the squares of two elements and add
+    # them, one adds that to others. Nothing where no value is asked for.
+    assert elements <= converted <= elements + (elements > 0)  # one is computed again rather than kept
+    assert computed == 2.5 * elements
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -71,22 +71,24 @@ def test_what_changes_between_calls_compiles_nothing(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("multiple", ["16", "16|BLOCK"], ids=["pointers", "all"])
-def test_without_alignment_hints_the_check_fails(multiple: str, target: str, tmp_path: Path) -> None:
-    changed = edited_kernels(rf"tl\.multiple_of\((.+?), (?:{multiple})\)", r"(\1)", tmp_path)
+def test_without_alignment_hints_the_check_fails(target: str, tmp_path: Path) -> None:
+    changed = edited_kernels(r"tl\.multiple_of\((.+), 16\)", r"(\1)", tmp_path)
     with pytest.raises(AssertionError, match="16-byte loads"):
         assert_vectorised(inspect_with(changed, "accumulate", "bf16", target), "accumulate", "bf16", target)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_with_an_atomic_reduction_the_check_fails(target: str, tmp_path: Path) -> None:
-    changed = edited_kernels(r"tl\.store\(partials_ptr", "tl.atomic_add(partials_ptr", tmp_path)
+    changed = edited_kernels(r"tl\.store\(_pointer\(partials", "tl.atomic_add(_pointer(partials", tmp_path)
     with pytest.raises(AssertionError, match="atomics"):
         assert_in_registers(inspect_with(changed, "value", "fp32", target))
 
 
-# Few registers make either compiler spill: at most 32 per thread, or no more than lets 8 wavefronts share a unit.
-@pytest.mark.parametrize(("target", "option"), [("sm_90", {"maxnreg": 32}), ("gfx942", {"waves_per_eu": 8})])
+# Few registers make either compiler spill: at most 32 per thread, or what lets 8 wavefronts share
+# a unit, of which two hold a block.
+@pytest.mark.parametrize(
+    ("target", "option"), [("sm_90", {"maxnreg": 32}), ("gfx942", {"num_warps": 2, "waves_per_eu": 8})]
+)
 def test_with_too_few_registers_the_check_fails(target: str, option: dict[str, int]) -> None:
     with pytest.raises(AssertionError, match="scratch"):
         assert_in_registers(inspect_with(sweep_kernel, "accumulate", "fp64", target, option))

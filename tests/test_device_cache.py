@@ -107,8 +107,6 @@ def test_a_table_is_awaited_on_other_streams() -> None:
 
 def test_pointer_tables() -> None:
     launch = pytest.importorskip("fastreg.kernels.launch")
-    launch = pytest.importorskip("fastreg.kernels.launch")
-    launch = pytest.importorskip("fastreg.kernels.launch")
     part = Part(torch.float32, CPU)
     for numel, group in ((5000, 1), (0, 0), (2048, 0), (1, 1)):
         part.positions.append(len(part.positions))
@@ -117,9 +115,10 @@ def test_pointer_tables() -> None:
         part.groups.append(group)
     pointers = launch.PointerTables(part)
     tables = pointers.of_weights()
-    assert tables.blocks_per_chunk == 1
-    assert tables.tensors.tolist() == [[80000, 5000, 0, 1], [0, 0, 3, 0], [32768, 2048, 3, 0], [16, 1, 4, 1]]
-    assert tables.chunk_tensor.tolist() == [0, 0, 0, 2, 3]
-    assert tables.chunk_group.tolist() == [1, 1, 1, 0, 1]
+    # Address, number of elements, group and tensor of each chunk.
+    assert tables.chunks.tolist() == [
+        *([80000, 2048, 1, 0], [80000 + 2048 * 4, 2048, 1, 0], [80000 + 4096 * 4, 904, 1, 0]),
+        *([32768, 2048, 0, 2], [16, 1, 1, 3]),
+    ]
     assert tables.n_chunks == 5
     assert pointers.of_weights() is tables
