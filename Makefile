@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-gpu bench report lint types wheel clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-gpu gpu bench report lint types wheel clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,9 @@ test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
 
 test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
+
+gpu: $(STAMP)  ## on a GPU, everything in 20 minutes: tests, sanitizer, benchmarks, replays, tuning; GPU="--minutes 10"
+	$(RUN) -m bench.gpu $(GPU)
 
 bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models gpt2" to choose
 	$(RUN) -m pytest bench --benchmark-only --benchmark-quiet --results bench/results/ $(BENCH)

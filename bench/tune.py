@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="resnet50", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--settings", type=int, help="only the first so many")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)
     settings, impl, device = CPU_BLOCKS, "torch", "cpu"
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tried = itertools.product((1024, 2048, 4096), (4, 8), (2048, 8192, 32768))
         # The library's own twice, first and among the others, which shows the noise.
         settings = [own, *(dict(zip(own, values, strict=True)) for values in tried)]
+    settings = settings[: options.settings]
     harness = Harness(torch.device(device), DTYPES[options.dtype])
     found = tune_settings(harness, SHAPES[options.model], settings, impl, options.rounds)
     record = {"environment": results.environment(harness.device), **vars(options), "settings": settings, "ratio": found}

@@ -1,0 +1,160 @@
+"""Everything that only a GPU can tell, in one command of at most twenty minutes: `python -m bench.gpu`.
+
+    python -m bench.gpu [--minutes 20] [--results bench/results]
+    python -m bench.gpu --device cpu --small        # every step on a CPU, with little in it, to see that it runs
+
+Each step is a process of its own, stopped with its children at its time limit. What fails is reported last, and the
+rest goes on. Needs PyTorch, Triton and the packages of the extras `test` and `bench`, and runs from the repository's
+root, installed or with PYTHONPATH=. Results go to --results, those of this command and its logs to run/ in there.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import results, verdict
+
+TAIL = 40  # lines of a failed step's output
+
+
+class Step(NamedTuple):
+    name: str
+    limit: float  # seconds
+    command: list[str]  # of Python, unless it begins with another program
+    environment: Mapping[str, str] = {}
+    program: str | None = None  # that has to be installed
+
+
+def steps(device: str, small: bool, folder: Path) -> list[Step]:
+    """In the order of what is needed most."""
+    on, out = ["--device", device], ["--results", str(folder)]
+    run = ["--results", str(folder / "run")]
+    some = [*on, "--models", "mnist_mlp"] if small else on
+    sweep = ["-m", "bench.small_sweep", *on]
+    sanitizer = "compute-sanitizer" if device == "cuda" else None
+
+    def checked(tool: str) -> list[str]:
+        options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
+        return [sanitizer, *options, sys.executable, *sweep] if sanitizer else sweep
+
+    def bench(dtype: str, compiled: str) -> list[str]:
+        few = ["--rounds", "2", "-k", "not size and not count and not tensors"] if small else ["--rounds", "20"]
+        options = ["--benchmark-only", "--benchmark-quiet", "-q", "--dtype", dtype, "--compiled", compiled]
+        return ["-m", "pytest", "bench", "-p", "no:cacheprovider", *options, *few, *some, *out]
+
+    def replays(dtype: str) -> list[str]:
+        return ["-m", "bench.replay", "--dtype", dtype, *some, *run, *(["--rounds", "2"] if small else [])]
+
+    def tune(model: str) -> list[str]:
+        file = str(folder / "run" / f"tune-{model}.json")
+        return [
+            "-m",
+            "bench.tune",
+            "kernel",
+            "--model",
+            model,
+            "--out",
+            file,
+            "--rounds",
+            *(["1", "--settings", "2"] if small else ["3"]),
+        ]
+
+    few_tests = ["tests/test_sums.py", "tests/test_cuda_graphs.py"] if small else []
+    host = ["--counts", "1,6", "--rounds", "3"] if small else ["--counts", "1,6,148,600", "--rounds", "60"]
+    interpreted = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
+    return [
+        Step("tests", 300, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *few_tests]),
+        Step("memcheck", 60, checked("memcheck"), program=sanitizer),
+        Step("replays float32", 60, replays("float32")),
+        Step("float32", 300, bench("float32", "none" if small else "some")),
+        Step("bfloat16", 180, bench("bfloat16", "none")),
+        Step("host time", 60, ["-m", "bench.host", *host, *on, *out]),
+        Step("replays bfloat16", 60, replays("bfloat16")),
+        *(Step(f"tune {m}", 60, tune(m), interpreted) for m in (["mnist_mlp"] if small else ["resnet50", "gpt2"])),
+        Step("racecheck", 60, checked("racecheck"), program=sanitizer),
+    ]
+
+
+def run_step(step: Step, deadline: float, logs: Path) -> dict[str, Any]:
+    """The step's name, outcome, seconds and the end of its output, which goes to a log."""
+    started = time.monotonic()
+    limit = min(step.limit, deadline - started)
+    if step.program is not None and shutil.which(step.program) is None:
+        return {"step": step.name, "outcome": f"skipped: {step.program} is not installed", "seconds": 0.0, "tail": []}
+    if limit <= 0:
+        return {"step": step.name, "outcome": "skipped: out of time", "seconds": 0.0, "tail": []}
+    command = step.command if step.program else [sys.executable, *step.command]
+    path = os.pathsep.join(filter(None, [str(results.ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **step.environment}
+    log = logs / f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=results.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(limit)
+            outcome = "passed" if code == 0 else f"failed: exit status {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"failed: stopped after {limit:.0f} s"
+        finally:
+            # Also what a finished step left running.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    found = {"step": step.name, "outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
+    return {**found, "tail": lines[-1:] if outcome == "passed" else lines[-TAIL:]}
+
+
+def run_all(todo: Sequence[Step], minutes: float, folder: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every step's outcome, also in run.json, which a run that is cut short leaves."""
+    logs = folder / "run"
+    logs.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    found: list[dict[str, Any]] = []
+    for step in todo:
+        print(f"{step.name} ...", flush=True)
+        found.append(run_step(step, deadline, logs))
+        last = found[-1]["tail"][-1:] if found[-1]["outcome"] == "passed" else []
+        print(f"{step.name}: {found[-1]['outcome']}, {found[-1]['seconds']:.0f} s", *last, flush=True)
+        (logs / "run.json").write_text(json.dumps({"environment": facts, "steps": found}, indent=1) + "\n")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="one small model and few rounds")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --device cpu --small shows that every step runs")
+    facts = results.environment(torch.device(options.device))
+    print(results.describe(facts), flush=True)
+    folder = options.results.resolve()
+    found = run_all(steps(options.device, options.small, folder), options.minutes, folder, facts)
+    summary = verdict.summary(folder, options.device)
+    (folder / "run" / "summary.md").write_text("\n".join(summary) + "\n")
+    print("\n".join(summary))
+    failed = [each for each in found if each["outcome"].startswith("failed")]
+    for each in failed:
+        print(f"\n=== {each['step']}: {each['outcome']}", *each["tail"], sep="\n")
+    print("\n" + "\n".join(f"{each['step']}: {each['outcome']}" for each in found))
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
