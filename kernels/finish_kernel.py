@@ -34,16 +34,16 @@ def _finish_kernel(
         first = tl.load(first_ptr + program - 1).to(tl.int64)
         end = tl.load(first_ptr + program).to(tl.int64)
     found = tl.zeros((BLOCK, 2), tl.float64)
-    lane = tl.arange(0, BLOCK)
     for start in range(first, end, BLOCK):
-        place = start + lane
+        place = start + tl.arange(0, BLOCK)
         mask = place < end
-        chunk = tl.load(order_ptr + place, mask=mask & (groups != 0), other=0).to(tl.int64)
-        chunk = tl.where(groups != 0, chunk, place)
+        chunk = place
+        if groups != 0:
+            chunk = tl.load(order_ptr + place, mask=mask, other=0).to(tl.int64)
         ptrs = _pointer(partials, tl.float64) + 2 * chunk[:, None] + tl.arange(0, 2)[None, :]
         partial = tl.load(ptrs, mask=mask[:, None], other=0.0)
-        if program == 0:
-            group = tl.load(order_ptr + n_chunks + place, mask=mask & (groups != 0), other=0)
+        if (groups != 0) & (program == 0):
+            group = tl.load(order_ptr + n_chunks + place, mask=mask, other=0)
             factor_l1 = _times(tl.full((BLOCK,), l1, tl.float64), l1_address, (doubles & 1) != 0, group)
             factor_l2 = _times(tl.full((BLOCK,), l2, tl.float64), l2_address, (doubles & 2) != 0, group)
             # Beyond the end, an infinite strength would make NaN of nothing.
@@ -51,6 +51,10 @@ def _finish_kernel(
         found += partial
     first_sum, second_sum = tl.split(tl.sum(found, axis=0))
     if program == 0:
+        if (groups == 0) & (n_chunks > 0):
+            one = tl.full((), 1.0, tl.float64)
+            first_sum *= _times(one * l1, l1_address, (doubles & 1) != 0, 0)
+            second_sum *= _times(one * l2, l2_address, (doubles & 2) != 0, 0)
         tl.store(_pointer(total, VALUE_DTYPE), (first_sum + second_sum).to(VALUE_DTYPE))
         tl.store(_pointer(l1_term, VALUE_DTYPE), first_sum.to(VALUE_DTYPE), mask=l1_term != 0)
         tl.store(_pointer(l2_term, VALUE_DTYPE), second_sum.to(VALUE_DTYPE), mask=l2_term != 0)
