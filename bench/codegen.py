@@ -25,12 +25,15 @@ from bench.internals import UNSCALED, Mode, Scale, Strength, kernel_settings, la
 from bench.results import ROOT
 
 TABLE = ROOT / "docs" / "codegen.md"
+ROOFLINE = "# How much of a GPU's memory bandwidth the sweeps can reach\n"  # where the part of bench/roofline.py begins
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# And the other NVIDIA architectures, for what depends on the GPU more than on the kernel: bench/roofline.py.
+ALL_TARGETS = TARGETS | {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 86, 89, 103, 120)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,8 +120,8 @@ def compile_for(target: GPUTarget, found: Launch) -> CompiledKernel:
 
 @functools.cache
 def compiled(variant: str, dtype: str, target: str) -> dict[str, CompiledKernel]:
-    found = launches(VARIANTS[variant], DTYPES[dtype], TARGETS[target])
-    return {name: compile_for(TARGETS[target], each) for name, each in found.items()}
+    found = launches(VARIANTS[variant], DTYPES[dtype], ALL_TARGETS[target])
+    return {name: compile_for(ALL_TARGETS[target], each) for name, each in found.items()}
 
 
 def inspect(kernel: CompiledKernel) -> Report:
@@ -139,10 +142,13 @@ def inspect(kernel: CompiledKernel) -> Report:
     return Report(registers, sum(scratch), kernel.metadata.shared, atomics, loads, stores)
 
 
+def machine_code(kernel: CompiledKernel) -> str:
+    return kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else tool("nvdisasm", "--print-code", kernel.asm["cubin"])
+
+
 def machine_loop(kernel: CompiledKernel) -> Counter[str]:
     """How often each opcode occurs in the machine code of the loop over full blocks."""
-    text = kernel.asm["amdgcn"] if "amdgcn" in kernel.asm else tool("nvdisasm", "--print-code", kernel.asm["cubin"])
-    return Counter(i.opcode for i in full_block_loop(text))
+    return Counter(i.opcode for i in full_block_loop(machine_code(kernel)))
 
 
 def missing_tool() -> str | None:
@@ -189,20 +195,24 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def full_block_loop(text: str) -> list[Instruction]:
-    """The first loop that reads or writes global memory without a mask; empty if there is none.
-
-    A loop is what stands from a label to a branch back to it. A mask is a predicate on the access, or in AMD's assembly
-    a change of the execution mask around it.
-    """
-    instructions, labels = parse(text)
+def loops(instructions: Sequence[Instruction], labels: dict[str, int]) -> Iterator[slice]:
+    """What stands from a label to a branch back to it, in the order of these branches."""
     for end, instruction in enumerate(instructions, 1):
         target = re.search(r"[.$]L\w+", instruction.operands)
         if target and BRANCH.match(instruction.opcode) and labels.get(target[0], end) < end:
-            body = instructions[labels[target[0]] : end]
-            guards = [i.guard for i in body if access(i.opcode)]
-            if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
-                return body
+            yield slice(labels[target[0]], end)
+
+
+def full_block_loop(text: str) -> list[Instruction]:
+    """The first loop that reads or writes global memory without a mask; empty if there is none.
+
+    A mask is a predicate on the access, or in AMD's assembly a change of the execution mask around it.
+    """
+    instructions, labels = parse(text)
+    for body in (instructions[loop] for loop in loops(instructions, labels)):
+        guards = [i.guard for i in body if access(i.opcode)]
+        if guards and not any(guards) and not any("saveexec" in i.opcode for i in body):
+            return body
     return []
 
 
@@ -250,8 +260,14 @@ Triton {triton.__version__}, for the launches that fastreg makes: blocks of {ker
     return "\n".join(lines) + "\n"
 
 
+def write(facts: str | None = None, roofline: str | None = None) -> None:
+    """Writes one of the two parts of docs/codegen.md; the other, which bench/roofline.py writes, stays as it is."""
+    old_facts, _, old_roofline = TABLE.read_text().partition(ROOFLINE)
+    TABLE.write_text((facts or old_facts.rstrip() + "\n") + "\n" + ROOFLINE + (roofline or old_roofline))
+    print(f"wrote {TABLE}")
+
+
 if __name__ == "__main__":
     if problem := missing_tool():
         raise SystemExit(problem)
-    TABLE.write_text(document())
-    print(f"wrote {TABLE}")
+    write(facts=document())
