@@ -20,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
+from triton.runtime.errors import PTXASError
 
 from bench.internals import UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
 from bench.results import ROOT
@@ -149,6 +150,16 @@ def machine_code(kernel: CompiledKernel) -> str:
 def machine_loop(kernel: CompiledKernel) -> Counter[str]:
     """How often each opcode occurs in the machine code of the loop over full blocks."""
     return Counter(i.opcode for i in full_block_loop(machine_code(kernel)))
+
+
+@functools.cache
+def is_known(target: str) -> bool:
+    """Whether Triton's assembler and disassembler know this GPU; older versions miss the newest ones."""
+    try:
+        machine_code(compiled("prox", "fp32", target)["_sweep_kernel"])
+    except (subprocess.CalledProcessError, PTXASError):
+        return False
+    return True
 
 
 def missing_tool() -> str | None:

@@ -28,11 +28,10 @@ def _finish_kernel(
     program = tl.program_id(0)
     first_ptr = _pointer(groups, tl.int32)
     order_ptr = first_ptr + tl.num_programs(0)
-    first = tl.full((), 0, tl.int64)
-    end = first + n_chunks
-    if (groups != 0) & (program > 0):
-        first = tl.load(first_ptr + program - 1).to(tl.int64)
-        end = tl.load(first_ptr + program).to(tl.int64)
+    is_part = (groups != 0) & (program > 0)
+    first = tl.load(first_ptr + program - 1, mask=is_part, other=0).to(tl.int64)
+    end = tl.load(first_ptr + program, mask=is_part, other=0).to(tl.int64)
+    end = tl.where(is_part, end, n_chunks)
     found = tl.zeros((BLOCK, 2), tl.float64)
     for start in range(first, end, BLOCK):
         place = start + tl.arange(0, BLOCK)
@@ -49,7 +48,8 @@ def _finish_kernel(
             # Beyond the end, an infinite strength would make NaN of nothing.
             partial = tl.where(mask[:, None], partial * tl.join(factor_l1, factor_l2), 0.0)
         found += partial
-    first_sum, second_sum = tl.split(tl.sum(found, axis=0))
+    abs_sums, square_sums = tl.split(found)
+    first_sum, second_sum = tl.sum(abs_sums, axis=0), tl.sum(square_sums, axis=0)
     if program == 0:
         if (groups == 0) & (n_chunks > 0):
             one = tl.full((), 1.0, tl.float64)

@@ -20,7 +20,17 @@ pytestmark = [
 BARS = {("B300", "fp32"): 0.9, ("B300", "bf16"): 0.8, ("B300", "fp16"): 0.8}
 
 
-@pytest.mark.parametrize("target", ARCHITECTURES)
+# Not all Triton versions that the project supports know these.
+NEW = ("sm_103",)
+TARGETS = [
+    pytest.param(t, marks=pytest.mark.skipif("not codegen.is_known('sm_103')", reason="unknown to this Triton"))
+    if t in NEW
+    else t
+    for t in ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("mode", ["value", "accumulate", "prox"])
 def test_memory_is_the_limit(mode: str, dtype: str, target: str) -> None:
@@ -30,7 +40,7 @@ def test_memory_is_the_limit(mode: str, dtype: str, target: str) -> None:
     assert not slow, {name: f"{found.share:.2f} of the bandwidth, by {found.limit}" for name, found in slow.items()}
 
 
-@pytest.mark.parametrize("target", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("mode", ["gradient", "prox-value"])
 def test_every_instruction_has_a_unit(mode: str, target: str) -> None:
     for kernel in codegen.compiled(mode, "bf16", target).values():
