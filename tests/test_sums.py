@@ -62,6 +62,7 @@ def patterns(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         "one beyond the range": np.where(places == n // 2, 3e25, 1e-3),
         "tiny": rng.random(n) * 1e-17,
         "some tiny": np.where(places % 3, 1e-24, 1e-2),
+        "subnormal squares": rng.random(n) * 3e-21,
         "vanishing squares": rng.random(n) * 1e-30,
         "large": rng.random(n) * 1e18,
         "squares beyond float32": rng.random(n) * 1e30,
@@ -91,6 +92,22 @@ def test_values_of_weights_of_every_size(kernels: Path, sum_dtype: torch.dtype, 
                 _, l1_term, l2_term = oracle.penalty([w], 1.0, 1.0)
                 assert ulps(found.l1, l1_term) <= allowed
                 assert ulps(found.l2, l2_term) <= allowed
+
+
+def test_long_sums_lose_nothing(kernels: Path, sum_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for many blocks: roundings of a running float32 would add up, those of equal numbers all one way."""
+    monkeypatch.setattr(launch, "MOST_CHUNKS", 1)
+    layout.forget_layouts()
+    n = 24 * 2048 + 77
+    rng = np.random.default_rng(2)
+    hard = patterns(n, rng) | {"growing": 1 + np.arange(n) / n, "near": 1 + rng.random(n) * 2.0**-20}
+    for name in ("alike", "four", "growing", "near", "normal"):
+        with naming(name):
+            w = weights_like(hard[name], torch.float32, kernels[1])
+            found = fastreg.elastic_penalty([w], 1.0, 1.0, impl="triton", return_terms=True)
+            _, l1_term, l2_term = oracle.penalty([w], 1.0, 1.0)
+            assert ulps(found.l1, l1_term) <= ULPS[sum_dtype]
+            assert ulps(found.l2, l2_term) <= ULPS[sum_dtype] + (kernels[1] == "cpu")
 
 
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
