@@ -29,12 +29,13 @@ TABLE = ROOT / "docs" / "codegen.md"
 ROOFLINE = "# How much of a GPU's memory bandwidth the sweeps can reach\n"  # where the part of bench/roofline.py begins
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),  # sums in pairs of float32
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # And the other NVIDIA architectures, for what depends on the GPU more than on the kernel: bench/roofline.py.
-ALL_TARGETS = TARGETS | {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 86, 89, 103, 120)}
+ALL_TARGETS = TARGETS | {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 89, 103, 120)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -6,12 +6,14 @@ On a CPU, where nothing can be captured, a replay is another call.
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench import models, results
+from bench import codegen, models, results, roofline
+from bench.gpus import GPUS
 from bench.harness import Call, Harness, quantiles
 from bench.ledger import fastreg_operations
 from bench.models import DTYPES, SHAPES, from_shapes, n_weights
@@ -19,6 +21,9 @@ from bench.peers import L1, L2, Weights, ours
 from bench.results import Case
 
 TASKS = ("value", "add_grad", "prox")
+# As the roofline calls them.
+ROOFLINE_MODES = {"value": "value", "add_grad": "accumulate", "prox": "prox"}
+ROOFLINE_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def captured(call: Call, device: torch.device) -> Call:
@@ -36,12 +41,21 @@ def captured(call: Call, device: torch.device) -> Call:
     return graph.replay
 
 
-def predicted_seconds(task: str, weights: Weights, bytes_per_second: float) -> float:
-    """By the bytes that the ledger counts, at the speed of a copy."""
-    return sum(o.read + o.written for o in fastreg_operations(task, weights)) / bytes_per_second
+def predicted_seconds(task: str, weights: Weights, bytes_per_second: float, share: float = 1.0) -> float:
+    """By the bytes that the ledger counts, at that share of the speed of a copy."""
+    return sum(o.read + o.written for o in fastreg_operations(task, weights)) / (bytes_per_second * share)
 
 
-def measure(model: str, harness: Harness, rounds: int) -> list[Case]:
+def share_of_bandwidth(device: str, task: str, dtype: str) -> float:
+    """What the roofline leaves of the bandwidth of a device by that name; 1 of one that is not in its table."""
+    matching = [name for name in GPUS if re.search(rf"\b{re.split(r' (?:SXM|[0-9]+G)$', name)[0]}\b", device)]
+    if not matching or codegen.missing_tool() is not None:
+        return 1.0
+    gpu = GPUS[matching[-1]]
+    return roofline.bound(gpu, roofline.sweep(ROOFLINE_MODES[task], ROOFLINE_DTYPES[dtype], gpu.target)).share
+
+
+def measure(model: str, harness: Harness, rounds: int, device: str = "") -> list[Case]:
     weights = from_shapes(SHAPES[model], harness.dtype, harness.device)
     for w in weights:
         w.grad = torch.zeros_like(w)
@@ -66,7 +80,8 @@ def measure(model: str, harness: Harness, rounds: int) -> list[Case]:
         ratio = [time / reference for time, reference in zip(times, references[task, how], strict=True)]
         case: Case = {"question": "replay", "task": task, "label": model, "method": f"fastreg {how}"}
         case |= {"n_weights": n_weights(SHAPES[model]), "n_tensors": len(weights), "rounds": rounds}
-        predicted = predicted_seconds(task, weights, copy)
+        share = share_of_bandwidth(device, task, str(harness.dtype).removeprefix("torch."))
+        predicted = predicted_seconds(task, weights, copy, share)
         case |= {"seconds": quantiles(times), "ratio": quantiles(ratio), "copy_bytes_per_second": copy}
         cases.append({**case, "predicted_seconds": predicted, "of_predicted": quantiles(times)["p50"] / predicted})
     return cases
@@ -89,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     harness, facts, cases = Harness(device, DTYPES[options.dtype]), results.environment(device), []
     for model in options.models.split(","):
-        cases += [{**case, "dtype": options.dtype} for case in measure(model, harness, options.rounds)]
+        cases += [{**case, "dtype": options.dtype} for case in measure(model, harness, options.rounds, facts["device"])]
         if options.results is not None:  # at once: a run that is cut short leaves what it found
             results.write(options.results / f"replay-{results.file_name(facts, options.dtype)}.json", facts, cases)
     print("\n".join(table(cases)))

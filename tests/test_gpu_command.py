@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, replay, results, small_sweep, verdict
+pytest.importorskip("triton")
+
+from bench import codegen, gpu, replay, results, small_sweep, verdict
 from bench.gpu import Step
 from bench.harness import Harness
 
@@ -119,6 +121,17 @@ def test_replays_are_compared_with_what_was_predicted(tmp_path: Path, capsys: py
         passes = {"value": 1, "add_grad": 3, "prox": 2}[c["task"]]
         assert 4e-9 * passes * n <= c["predicted_seconds"] <= 4e-9 * passes * n * 1.05
         assert c["of_predicted"] == pytest.approx(c["seconds"]["p50"] / c["predicted_seconds"])
+
+
+@pytest.mark.codegen
+def test_predictions_know_the_gpu() -> None:
+    assert replay.share_of_bandwidth("NVIDIA H100 80GB HBM3", "value", "float32") == 1.0
+    assert replay.share_of_bandwidth("NVIDIA RTX 4090", "prox", "bfloat16") == 1.0
+    assert replay.share_of_bandwidth("NVIDIA L40", "prox", "bfloat16") == 1.0  # not in the table
+    if codegen.is_known("sm_103"):
+        assert replay.share_of_bandwidth("NVIDIA B300 SXM6 AC", "value", "bfloat16") < 1.0
+    weights = [torch.empty(1000, device="meta")]
+    assert replay.predicted_seconds("prox", weights, 1e9, 0.5) == 2 * replay.predicted_seconds("prox", weights, 1e9)
 
 
 def test_the_sweep_for_sanitizers_covers_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
