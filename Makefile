@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-gpu bench report lint types wheel clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-gpu bench report lint types wheel clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,16 +18,21 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train the digits MLP four times: no penalty, L1, L2, elastic net
 	for penalty in none l1 l2 elastic; do $(RUN) examples/digits.py --penalty $$penalty || exit 1; done
 
-test: test-torch test-interpreter test-codegen
+# Lanes c and e share one start of the processes.
+test: test-torch test-interpreter
+	$(RUN) -m pytest $(PARALLEL) -m "codegen or jit"
 
 test-torch: $(STAMP)  ## lane a: the PyTorch path against NumPy float64 (and lane d where there is a GPU)
-	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen"
+	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen and not jit"
 
 test-interpreter: $(STAMP)  ## lane b: the Triton kernels on the CPU
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) -m interpreter
 
 test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
 	$(RUN) -m pytest $(PARALLEL) -m codegen
+
+test-jit: $(STAMP)  ## lane e: what is launched, through Triton's JIT, without a GPU
+	$(RUN) -m pytest $(PARALLEL) -m jit
 
 test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
         if item.get_closest_marker("interpreter") and not INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 (make test-interpreter)"))
-        if item.get_closest_marker("codegen") and INTERPRETED:
+        if INTERPRETED and (item.get_closest_marker("codegen") or item.get_closest_marker("jit")):
             item.add_marker(pytest.mark.skip(reason="the compiler cannot run in an interpreter process"))
 
 
