@@ -79,6 +79,7 @@ class StubDriver:
     ) -> None:
         _packed_metadata, _launch_metadata, _enter_hook, _exit_hook, *values = rest
         arguments = dict(zip(source.signature, values, strict=True))
+        assert all(values[i] == constant for (i,), constant in source.constants.items()), "compiled for other constants"
         name, by_jit, self._by_jit = source.fn.__name__, self._by_jit, False
         self.launches.append(
             Launch(name, by_jit, self.device, function, (x, y, z), metadata, source.signature, arguments)
