@@ -34,7 +34,14 @@ def add_gradient(
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
         torch.autograd.graph.increment_version(grads)
         return found
-    old = [None if any_dtype and _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
+    own_dtypes = list(map(_has_own_dtype, work.weights))
+    for name, w, grad, has_own in zip(work.names, work.weights, grads, own_dtypes, strict=True):
+        if has_own and grad is None and not any_dtype:
+            raise TypeError(
+                f"the .grad of parameter {name!r} is to be {w.grad_dtype}, not {w.dtype}: "  # type: ignore[attr-defined]
+                "add the penalty to the loss instead"
+            )
+    old = [None if has_own and any_dtype else grad for grad, has_own in zip(grads, own_dtypes, strict=True)]
     grads = list(map(_usable_gradient, work.weights, old, work.names))
     found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
     for w, grad in zip(work.weights, grads, strict=True):

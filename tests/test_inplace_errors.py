@@ -120,6 +120,17 @@ def test_an_error_leaves_weights_and_gradients_as_they_were(call: Callable[..., 
     assert bits(*(w for _, w in pairs), *dense) == before
 
 
+def test_a_first_gradient_that_is_to_have_another_dtype_is_refused_before_the_first_write() -> None:
+    if not hasattr(Tensor, "grad_dtype"):
+        pytest.skip("this PyTorch lets no .grad differ from its weight")
+    pairs = pair(torch.ones(4, 2).half())()
+    pairs[1][1].grad_dtype = torch.float32  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"is to be torch\.float32"):
+        fastreg.add_elastic_grad_(pairs, 0.5)
+    assert torch.equal(pairs[0][1].grad, torch.ones(3))
+    assert pairs[1][1].grad is None
+
+
 @pytest.mark.parametrize("case", ["matrix", "every_other", "channels_last"])
 def test_a_pending_backward_refuses_to_run_on_shrunk_weights(path: Path, case: str) -> None:
     impl, device = path

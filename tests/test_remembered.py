@@ -146,6 +146,15 @@ def test_every_argument_counts() -> None:
             fastreg.elastic_penalty(net, L1, L2, include=["bias"])  # type: ignore[call-overload]
 
 
+def test_a_call_without_a_filter_follows_one_with_it() -> None:
+    net = Net()
+    everything = list(net.parameters())
+    for params in (net, everything, tuple(everything)):
+        assert_counts(params, [p for p in everything if p.ndim > 1], exclude=fastreg.bias_and_norm)
+        assert_counts(params, everything)
+        assert_counts(params, [p for p in everything if p.ndim > 1], exclude=fastreg.bias_and_norm)
+
+
 def test_a_callable_may_change_its_mind() -> None:
     net = Net()
     wanted = ["head"]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastreg
 from tests import oracle
@@ -276,3 +276,25 @@ def test_groups_of_strengths_stay_apart_when_these_are_equal(path: Path) -> None
         assert float(reg().detach()) == 2 * l1[0] + 3 * l1[1] + 9 * 0.125
     plain = fastreg.ElasticNet([{"params": w} for w in weights], 0.125, impl=impl)._current()
     assert (plain.n_groups, plain.strengths.l1) == (1, 0.125)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["ElasticNet", "single calls"])
+def test_a_leaf_that_becomes_a_computed_tensor(path: Path, kept: bool) -> None:
+    """An operation in place makes it one: it then belongs to the graph, goes through its hooks, and may be freed."""
+    impl, device = path
+    source, w = (torch.tensor([1.0, -2.0, 3.0], device=device, requires_grad=True) for _ in range(2))
+    reg = fastreg.ElasticNet([w], 0.0, 0.5, impl=impl)
+
+    def penalty() -> Tensor:
+        return reg() if kept else fastreg.elastic_penalty([w], 0.0, 0.5, impl=impl)
+
+    for _ in range(3):
+        penalty()
+    w.requires_grad_(False).copy_(2 * source)
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        found = penalty()
+    found.backward()
+    assert source.grad is not None
+    assert torch.equal(source.grad, 4 * source)
+    assert kept or w.shape in saved  # an ElasticNet does not ask again which of its weights are leaves
