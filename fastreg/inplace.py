@@ -34,7 +34,9 @@ def add_gradient(
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
         torch.autograd.graph.increment_version(grads)
         return found
-    own_dtypes = list(map(_has_own_dtype, work.weights))
+    # Compilers cannot be asked for a weight's grad_dtype.
+    knows_dtypes = not torch.compiler.is_compiling()
+    own_dtypes = [knows_dtypes and _has_own_dtype(w) for w in work.weights]
     for name, w, grad, has_own in zip(work.names, work.weights, grads, own_dtypes, strict=True):
         if has_own and grad is None and not any_dtype:
             raise TypeError(
