@@ -1,7 +1,9 @@
 """Options and results file of the benchmarks: `pytest bench --benchmark-only --results FOLDER`."""
 
+import json
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ PASSES = FLOOR_PASSES | {"backward": 4}
 # Compiling hundreds of tensors for a CPU takes minutes per case: two models show what it comes to.
 COMPILED_ON_CPU = ("mnist_mlp", "resnet50")
 
+COMPILED_HELP = "torch.compile peers; only: nothing else, added to the results file of a run without them"
+
 What = tuple[str, str, str, str]  # question, task, label, method
 
 
@@ -28,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", dest="bench_dtype", default="float32", choices=models.DTYPES, help="of the weights")
     group.addoption("--models", dest="bench_models", help=f"comma-separated, of {', '.join(models.MODELS)}")
     group.addoption("--rounds", dest="bench_rounds", type=int, help="rounds per case, rather than as many as fit")
-    group.addoption("--compiled", dest="bench_compiled", choices=("none", "some", "all"), help="torch.compile peers")
+    group.addoption("--compiled", dest="bench_compiled", choices=("none", "some", "all", "only"), help=COMPILED_HELP)
+    group.addoption("--seconds", dest="bench_seconds", type=float, help="skip what would begin after so long")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,7 +52,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> "Session":
-    return request.config.stash[SESSION]
+    session = request.config.stash[SESSION]
+    if session.is_over():
+        pytest.skip("out of time")
+    return session
 
 
 class Session:
@@ -63,11 +71,22 @@ class Session:
         self._config, self._dtype = config, option.bench_dtype
         self._compiled = option.bench_compiled or ("all" if self.harness.on_gpu else "some")
         self._environment = results.environment(device)
+        self._ends = time.monotonic() + (option.bench_seconds or math.inf)
+        if option.results:
+            self._file = option.results / f"{results.file_name(self._environment, self._dtype)}.json"
+            if self._compiled == "only" and self._file.exists():
+                stored = json.loads(self._file.read_text())
+                if stored["environment"] == self._environment:
+                    self.cases = [case for case in stored["cases"] if case["method"] not in COMPILED]
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self._ends
 
     def allows(self, method: str, label: str) -> bool:
         """Whether to measure `method` on the model called `label`, or at another size."""
-        some = self._compiled == "some" and label in COMPILED_ON_CPU
-        return method not in COMPILED or self._compiled == "all" or some
+        if method not in COMPILED:
+            return self._compiled != "only"
+        return self._compiled in ("all", "only") or (self._compiled == "some" and label in COMPILED_ON_CPU)
 
     def run(
         self, benchmark: Any, what: What, weights: Weights, found: Found, call: Call, reference: Call, before: Call
@@ -97,9 +116,8 @@ class Session:
 
     def _record(self, case: results.Case, outcome: str) -> None:
         self.cases.append(case)
-        if folder := self._config.option.results:  # after every case: a run that is cut short leaves what it found
-            name = results.file_name(self._environment, self._dtype)
-            results.write(folder / f"{name}.json", self._environment, self.cases)
+        if self._config.option.results:  # after every case: a run that is cut short leaves what it found
+            results.write(self._file, self._environment, self.cases)
         what = " ".join(dict.fromkeys((case["question"], case["task"])))
         capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
         with capture.global_and_fixture_disabled():

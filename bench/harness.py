@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.ledger import count
 
-SECONDS_PER_CASE = 1.5  # of rounds, if their number is not given
+SECONDS_PER_CASE = {"cpu": 1.5, "cuda": 0.5}  # of rounds, if their number is not given; a GPU repeats itself better
 MOST_ROUNDS, LEAST_ROUNDS = 200, 5
 COPY_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
@@ -87,8 +87,9 @@ class Harness:
         rounds = self.rounds
         if rounds is None:
             once = min(self.seconds(call) + self.seconds(reference) for _ in range(2))
-            least = 3 if once > SECONDS_PER_CASE else LEAST_ROUNDS
-            rounds = max(least, min(MOST_ROUNDS, int(SECONDS_PER_CASE / once)))
+            seconds = SECONDS_PER_CASE[self.device.type]
+            least = 3 if once > seconds else LEAST_ROUNDS
+            rounds = max(least, min(MOST_ROUNDS, int(seconds / once)))
         benchmark.pedantic(call, setup=setup, rounds=rounds)
         times = benchmark.stats.stats.data
         # Each round by the reference round that was run right before it: what slows both cancels.
@@ -100,7 +101,9 @@ class Harness:
         """Until the call returns to a host that is idle; None without a GPU, where there is no difference."""
         if not self.on_gpu:
             return None
-        return statistics.median(timeit.repeat(call, torch.cuda.synchronize, repeat=30, number=1))
+        once = timeit.timeit(call, torch.cuda.synchronize, number=1)
+        repeat = max(3, min(30, int(SECONDS_PER_CASE["cuda"] / once)))
+        return statistics.median(timeit.repeat(call, torch.cuda.synchronize, repeat=repeat, number=1))
 
 
 def launches(call: Call, device: torch.device) -> int:

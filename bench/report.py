@@ -55,14 +55,14 @@ STYLE: Any = {
 }
 
 HOW_TO_READ = """
-Every method is checked against NumPy in float64 before it is timed, and is not timed if it is wrong. Each round of a
-method runs right after a round of the floor, `g.add_(w, alpha=c)` over one flat tensor with as many elements: three
-passes, what any gradient costs at least. *x floor* is the median over rounds of one divided by the other, and how much
-faster fastreg is than another method is the quotient of their two *x floor*. Times are medians. On a GPU they are taken
-with CUDA events after L2 was flushed; on a CPU with the wall clock, caches left as the calls leave them. Gradients
-are added to a `.grad` that exists. GB/s counts what fastreg's design moves: one pass for the value, four through
-autograd, three straight into `.grad`, two for the proximal step; *of copy* divides by what copying a tensor larger than
-the caches reached in the same run. *Extra memory* is the most that a call takes besides weights and gradients.
+Every method is checked in float64 before it is timed, and is not timed if it is wrong. Each round of a method runs
+right after a round of the floor, `g.add_(w, alpha=c)` over one flat tensor with as many elements: three passes, what
+any gradient costs at least. *x floor* is the median over rounds of one divided by the other, and how much faster
+fastreg is than another method is the quotient of their two *x floor*. Times are medians. On a GPU they are taken with
+CUDA events after L2 was flushed; on a CPU with the wall clock, caches left as the calls leave them. Gradients are
+added to a `.grad` that exists. GB/s counts what fastreg's design moves: one pass for the value, four through
+autograd, three straight into `.grad`, two for the proximal step; *of copy* divides by what copying a tensor larger
+than the caches reached in the same run. *Extra memory* is the most that a call takes besides weights and gradients.
 fastreg's scratch memory on a CPU, about 8 MB for each thread, is kept from the first call on and so not in it.
 """
 

@@ -29,7 +29,8 @@ def cases(bench: Session) -> Iterator[tuple[What, Shapes]]:
     for (question, label), shapes in sized.items():
         for task in TASKS:
             asked = PEERS if task in ("backward", "add_grad") else ("fastreg",) if question == "size" else ()
-            yield from (((question, task, label, method), shapes) for method in methods(task) if method in asked)
+            allowed = [method for method in methods(task) if method in asked and bench.allows(method, label)]
+            yield from (((question, task, label, method), shapes) for method in allowed)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -96,7 +97,7 @@ def training_step(method: str, like: torch.Tensor) -> tuple[Callable[[], None], 
 def test_step(benchmark: Any, bench: Session, method: str) -> None:
     """What regularising adds to a whole training step: forward, backward, and a fused SGD update."""
     if not bench.allows(method, "mlp"):
-        pytest.skip("compiled peers are left out here")
+        pytest.skip("left out here: --compiled")
     like = torch.empty(0, device=bench.harness.device, dtype=bench.harness.dtype)
     step, weights, found = training_step(method, like)
     plain, _, _ = training_step(PLAIN, like)

@@ -91,6 +91,47 @@ def test_eager_peers_pass_their_check(task: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
+def test_pieces_of_a_tensor_are_checked_like_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = from_shapes([[300, 20], [0], [7]], torch.float32, "cpu")
+    for task in FASTREG:
+        call = prepare("fastreg", weights, L1, 1.01 * L2)[task]
+        whole = check(task, call, weights).errors
+        monkeypatch.setattr("bench.peers.PIECE", 1000)
+        assert check(task, call, weights).errors == pytest.approx(whole, rel=1e-6)
+        monkeypatch.undo()
+
+
+def session_of(folder: Path, compiled: str, seconds: float | None = None) -> Session:
+    option = {"device": "cpu", "dtype": "float32", "rounds": 2, "models": None, "compiled": compiled}
+    options = SimpleNamespace(results=folder, **{f"bench_{k}": v for k, v in {**option, "seconds": seconds}.items()})
+    return Session(SimpleNamespace(option=options, pluginmanager=MagicMock()))  # type: ignore[arg-type]
+
+
+def test_compiled_peers_alone_are_added_to_the_file_without_them(tmp_path: Path) -> None:
+    first = session_of(tmp_path, "none")
+    assert first.allows("foreach", "gpt2")
+    assert not first.allows("foreach compiled", "gpt2")
+    case = {"question": "value", "task": "value", "label": "gpt2", "method": "foreach"}
+    first._record(case, "")
+    second = session_of(tmp_path, "only")
+    assert second.cases == [case]
+    assert second.allows("foreach compiled", "gpt2")
+    assert not second.allows("foreach", "gpt2")
+    second._record({**case, "method": "foreach compiled"}, "")
+    assert [c["method"] for c in results.read(tmp_path)[0]["cases"]] == ["foreach", "foreach compiled"]
+    # Anew: its own are measured again, those of another commit are left out.
+    assert session_of(tmp_path, "only").cases == [case]
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace('"commit": ', '"commit": "other", "was": '))
+    assert session_of(tmp_path, "only").cases == []
+
+
+def test_nothing_begins_when_time_is_over(tmp_path: Path) -> None:
+    assert not session_of(tmp_path, "none").is_over()
+    assert not session_of(tmp_path, "none", 1000.0).is_over()
+    assert session_of(tmp_path, "none", 1e-9).is_over()
+
+
 @pytest.mark.parametrize("task", FASTREG)
 @pytest.mark.parametrize("strengths", [(L1, 0.0), (0.0, L2), (L1, 1.2 * L2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -163,13 +204,13 @@ def test_every_round_follows_a_round_of_the_reference(monkeypatch: pytest.Monkey
     assert calls == ["call", *["before", "reference", "call"] * 4]
     assert found["rounds"] == 4
     assert found["seconds"]["p50"] == 2.5
-    monkeypatch.setattr("bench.harness.SECONDS_PER_CASE", 1e9)
+    monkeypatch.setattr("bench.harness.SECONDS_PER_CASE", {"cpu": 1e9})
     harness.rounds = None
     assert LEAST_ROUNDS <= harness.measure(FakeBenchmark(), call, reference)["rounds"] <= 200
 
 
 def test_a_wrong_peer_is_recorded_but_not_timed(tmp_path: Path) -> None:
-    option = {"device": "cpu", "dtype": "float32", "rounds": 2, "models": None, "compiled": None}
+    option = {"device": "cpu", "dtype": "float32", "rounds": 2, "models": None, "compiled": None, "seconds": None}
     options = SimpleNamespace(results=tmp_path, **{f"bench_{name}": value for name, value in option.items()})
     session = Session(SimpleNamespace(option=options, pluginmanager=MagicMock()))  # type: ignore[arg-type]
     session.harness.copy_bandwidth = lambda: 1e9  # type: ignore[method-assign]
