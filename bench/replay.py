@@ -17,7 +17,7 @@ from bench.gpus import GPUS
 from bench.harness import Call, Harness, quantiles
 from bench.ledger import fastreg_operations
 from bench.models import DTYPES, SHAPES, from_shapes, n_weights
-from bench.peers import L1, L2, Weights, ours
+from bench.peers import L1, L2, Weights, ours, restore
 from bench.results import Case
 
 TASKS = ("value", "add_grad", "prox")
@@ -57,6 +57,7 @@ def share_of_bandwidth(device: str, task: str, dtype: str) -> float:
 
 def measure(model: str, harness: Harness, rounds: int, device: str = "") -> list[Case]:
     weights = from_shapes(SHAPES[model], harness.dtype, harness.device)
+    saved = [w.detach().clone() for w in weights]
     for w in weights:
         w.grad = torch.zeros_like(w)
     tasks = ours(weights, L1, L2)
@@ -72,6 +73,7 @@ def measure(model: str, harness: Harness, rounds: int, device: str = "") -> list
     for _ in range(rounds):
         copies.append(harness.copy_bandwidth())
         for key, call in calls.items():
+            restore(weights, saved)  # after a few proximal steps all would be zeros
             references[key].append(harness.seconds(floor))
             seconds[key].append(harness.seconds(call))
     copy = quantiles(copies)["p50"]
