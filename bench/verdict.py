@@ -14,16 +14,23 @@ OF_BEST_EAGER = 1 / 3
 TASKS_OF_MODELS = ("backward", *TASKS_WITH_SHARE)
 
 
-def summary(folder: Path, device_type: str) -> list[str]:
-    """Of the results files in `folder` from devices of that type."""
+SAME = ("device", "device_type", "torch", "commit", "dirty")
+
+
+def summary(folder: Path, environment: dict[str, Any]) -> list[str]:
+    """Of the results files in `folder` that the same code wrote on the same device."""
+
+    def is_own(found: dict[str, Any]) -> bool:
+        return bool(found.get("cases")) and all(found["environment"][key] == environment[key] for key in SAME)
+
     lines = []
     for found in results.read(folder):
-        facts, cases = found["environment"], found["cases"]
-        if facts["device_type"] == device_type and cases and cases[0]["question"] != "host":
+        facts, cases = found["environment"], found.get("cases", [])
+        if is_own(found) and cases[0]["question"] != "host":
             lines += [f"{results.describe(facts)}; {cases[0]['dtype']}", "", *worst(cases), "", *missed(cases), ""]
     for found in results.read(folder / "run") if (folder / "run").exists() else []:
         # Tuning and the run itself lie there, too.
-        if "cases" in found and found["environment"]["device_type"] == device_type:
+        if is_own(found):
             lines += [*replay.table(found["cases"]), ""]
     return lines
 
