@@ -170,15 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(results.describe(facts), flush=True)
     # What a small run measures is not to be kept.
     folder = (options.results or (results.ROOT / "outputs" / "gpu" if options.small else results.FOLDER)).resolve()
+    started = time.time()
     found = run_all(steps(options.device, options.small, folder), options.minutes, folder, facts)
-    summary = verdict.summary(folder, facts)
+    summary = verdict.summary(folder, facts, since=started)
     (folder / "run" / "summary.md").write_text("\n".join(summary) + "\n")
     print("\n".join(summary))
     failed = [each for each in found if each["outcome"].startswith("failed")]
     for each in failed:
         print(f"\n=== {each['step']}: {each['outcome']}", *each["tail"], sep="\n")
     print("\n" + "\n".join(f"{each['step']}: {each['outcome']}" for each in found))
-    return int(bool(failed))
+    return int(bool(failed) or not any(each["outcome"] == "passed" for each in found))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ def write(path: Path, facts: dict[str, Any], cases: list[Case]) -> None:
     """One case per line, so that two runs can be compared by eye."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(_rounded(case)) for case in cases)
-    path.write_text(f'{{"environment": {json.dumps(facts)},\n"cases": [\n{lines}\n]}}\n')
+    part = path.with_suffix(".part")  # a run may be stopped at any moment
+    part.write_text(f'{{"environment": {json.dumps(facts)},\n"cases": [\n{lines}\n]}}\n')
+    part.replace(path)
 
 
 def _rounded(value: Any) -> Any:

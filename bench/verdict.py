@@ -1,5 +1,6 @@
 """What a run on a GPU comes to: the worst ratios of each task, and which of the project's bars were missed."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,23 @@ TASKS_OF_MODELS = ("backward", *TASKS_WITH_SHARE)
 SAME = ("device", "device_type", "torch", "commit", "dirty")
 
 
-def summary(folder: Path, environment: dict[str, Any]) -> list[str]:
-    """Of the results files in `folder` that the same code wrote on the same device."""
-
-    def is_own(found: dict[str, Any]) -> bool:
-        return bool(found.get("cases")) and all(found["environment"][key] == environment[key] for key in SAME)
-
-    lines = []
-    for found in results.read(folder):
-        facts, cases = found["environment"], found.get("cases", [])
-        if is_own(found) and cases[0]["question"] != "host":
+def summary(folder: Path, environment: dict[str, Any], since: float = 0.0) -> list[str]:
+    """Of the results files that this code wrote to `folder` on this device after `since`, in seconds of Unix."""
+    lines: list[str] = []
+    for path in sorted([*folder.glob("*.json"), *folder.glob("run/*.json")]):
+        if path.stat().st_mtime < since:
+            continue
+        try:
+            found = json.loads(path.read_text())
+            facts, cases = found["environment"], found["cases"]
+            is_own = bool(cases) and all(facts[key] == environment[key] for key in SAME)
+        except (ValueError, KeyError, TypeError):
+            continue  # of tuning, or somebody else's
+        if is_own and cases[0]["question"] == "replay":
+            lines += [*replay.table(cases), ""]
+        elif is_own and cases[0]["question"] != "host":
             lines += [f"{results.describe(facts)}; {cases[0]['dtype']}", "", *worst(cases), "", *missed(cases), ""]
-    for found in results.read(folder / "run") if (folder / "run").exists() else []:
-        # Tuning and the run itself lie there, too.
-        if is_own(found):
-            lines += [*replay.table(found["cases"]), ""]
-    return lines
+    return lines or ["This run has measured nothing.", ""]
 
 
 def compare(cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -83,4 +85,5 @@ def missed(cases: Sequence[Case]) -> list[str]:
             lines.append(f"- missed: {what}: {row['compiled']:.2f} of the best compiled peer's time, not at most 1")
     failed = [c for c in cases if c["status"] == "failed" and c["method"].startswith("fastreg")]
     lines += [f"- wrong: {c['task']}, {c['label']}, {c['method']}: {c['reason']}" for c in failed]
-    return lines or ["No bar was missed."]
+    n_models = len({row["label"] for row in compare(cases)})
+    return lines or [f"No bar was missed by what was measured, on {n_models} models."]

@@ -45,8 +45,10 @@ def _finish_kernel(
             group = tl.load(order_ptr + n_chunks + place, mask=mask, other=0)
             factor_l1 = _times(tl.full((BLOCK,), l1, tl.float64), l1_address, (doubles & 1) != 0, group)
             factor_l2 = _times(tl.full((BLOCK,), l2, tl.float64), l2_address, (doubles & 2) != 0, group)
-            # Beyond the end, an infinite strength would make NaN of nothing.
-            partial = tl.where(mask[:, None], partial * tl.join(factor_l1, factor_l2), 0.0)
+            factor = tl.join(factor_l1, factor_l2)
+            # An infinite strength would make NaN of chunks of zeros, and of what is beyond the end.
+            is_nothing = (partial == 0) & (factor == float("inf"))
+            partial = tl.where(is_nothing | (mask[:, None] == 0), 0.0, partial * factor)
         found += partial
     abs_sums, square_sums = tl.split(found)
     first_sum, second_sum = tl.sum(abs_sums, axis=0), tl.sum(square_sums, axis=0)

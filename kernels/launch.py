@@ -140,7 +140,9 @@ def kernel_sweep(
     values, addresses, doubles = factors[:], [0, 0, 0, 0], 0
     for i, factor in enumerate(factors):
         if isinstance(factor, Tensor):
-            if factor.dtype not in (torch.float64, torch.float32):
+            if factor.is_neg() or factor._is_zerotensor():  # what is in its memory is not its value
+                factor = factors[i] = torch.empty_like(factor, dtype=torch.float64).copy_(factor)
+            elif factor.dtype not in (torch.float64, torch.float32):
                 factor = factors[i] = factor.double()  # which has to live until the kernels are launched
             values[i], addresses[i] = 1.0, factor.data_ptr()
             doubles |= (factor.dtype == torch.float64) << i

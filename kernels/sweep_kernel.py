@@ -166,8 +166,8 @@ def _sweep_blocks(
 @triton.jit(do_not_specialize=range(11))
 def _sweep_kernel(
     table: tl.int64,  # of int64 [n_chunks, 4]: address of the chunk, number of elements, strength group, tensor
-    grad_table: tl.int64,  # of int64 [n_tensors]: how much farther than the first one's a tensor's gradient is from it
-    grad_distance: tl.int64,  # from the first weight to its gradient, in bytes; both 0 in "value" and "prox"
+    grad_table: tl.int64,  # of int64 [n_tensors]: bytes from a weight to its gradient, less grad_distance
+    grad_distance: tl.int64,  # the same from the first weight to its gradient; both 0 in "value" and "prox"
     partials: tl.int64,  # of float64 [n_chunks, 2]: each chunk's sums of |w| and w * w; 0 without SUM_DTYPE
     l1: tl.float64,
     l2: tl.float64,

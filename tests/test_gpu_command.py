@@ -81,6 +81,7 @@ def test_failures_are_reported_last(
     assert text.endswith("=== bad: failed: exit status 1\nwhy\n\nbad: failed: exit status 1\ngood: passed\n")
     monkeypatch.setattr(gpu, "steps", lambda *arguments: todo[1:])
     assert gpu.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
+    assert gpu.main(["--device", "cpu", "--minutes", "0", "--results", str(tmp_path)]) == 1  # nothing ran
 
 
 def test_steps_name_what_exists() -> None:
@@ -121,12 +122,17 @@ def test_the_summary_finds_the_worst_and_what_was_missed(tmp_path: Path) -> None
         "- missed: value, a: 89% of copy bandwidth, not 90%",
         "- wrong: prox, a, fastreg: wrong by 1",
     ]
-    assert verdict.missed(cases[4:6]) == ["No bar was missed."]
+    assert verdict.missed(cases[4:6]) == ["No bar was missed by what was measured, on 1 models."]
     facts = results.environment(torch.device("cpu"))
     results.write(tmp_path / "some.json", facts, cases)
     results.write(tmp_path / "host.json", facts, [{**cases[0], "question": "host"}])
     assert sum("worst of" in line for line in verdict.summary(tmp_path, facts)) == 1
-    assert verdict.summary(tmp_path, {**facts, "commit": "another"}) == []
+    nothing = ["This run has measured nothing.", ""]
+    assert verdict.summary(tmp_path, {**facts, "commit": "another"}) == nothing
+    assert verdict.summary(tmp_path, facts, since=time.time() + 60) == nothing
+    (tmp_path / "cut.json").write_text((tmp_path / "some.json").read_text()[:100])
+    (tmp_path / "other.json").write_text("[]")
+    assert sum("worst of" in line for line in verdict.summary(tmp_path, facts)) == 1
 
 
 def test_replays_are_compared_with_what_was_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,9 +177,9 @@ def test_predictions_know_the_gpu() -> None:
     assert replay.predicted_seconds("prox", weights, 1e9, 0.5) == 2 * replay.predicted_seconds("prox", weights, 1e9)
 
 
-def test_the_sweep_for_sanitizers_covers_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sweep_for_sanitizers_runs_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     small_sweep.main(["--device", "cpu"])
-    assert float(capsys.readouterr().out) > 1e49  # 5,000 squares of 1e25
+    assert float(capsys.readouterr().out) > 1e48  # squares of 1e25
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,3 +335,24 @@ def test_a_strength_below_zero_that_nobody_checked(path: Path) -> None:
     w = torch.tensor([1.0, -2.0, 0.5], device=device)
     fastreg.elastic_prox_(w, torch.tensor(-1.0, device=device), lr=0.5, impl=impl)
     assert w.tolist() == [1.5, -2.5, 1.0]
+
+
+def test_factors_whose_memory_does_not_hold_their_value(path: Path) -> None:
+    """A negation that is still pending, as complex autograd hands it on, and zeros that were never written."""
+    impl, device = path
+    negated = torch.tensor(2 - 3j, device=device).conj().imag
+    zero = torch._efficientzerotensor((), device=device)  # type: ignore[attr-defined]
+    assert negated.is_neg()
+    for factor, value in ((negated, 3.0), (zero, 0.0)):
+        w = torch.full((3,), 2.0, device=device, requires_grad=True)
+        assert float(fastreg.elastic_penalty(w, factor, 0.5, impl=impl).detach()) == 6 * value + 6
+        fastreg.elastic_penalty(w, 0.5, 0.25, impl=impl).backward(factor)
+        assert w.grad is not None
+        assert w.grad.tolist() == [1.5 * value] * 3
+        fastreg.elastic_prox_(w, 0.1, 0.0, lr=factor, impl=impl)
+        np.testing.assert_allclose(w.detach().cpu().numpy(), 2 - 0.1 * value, rtol=1e-6)
+    w = torch.full((3,), 2.0, device=device, requires_grad=True)
+    p = fastreg.elastic_penalty(w, 0.5, 0.25, impl=impl)
+    torch.view_as_real(torch.complex(torch.zeros_like(p), p).conj().resolve_conj())[1].backward()
+    assert w.grad is not None
+    assert w.grad.tolist() == [-1.5] * 3

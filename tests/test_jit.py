@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
+from bench import small_sweep
 from fastreg import layout
 from fastreg.inplace import add_gradient
 from fastreg.strengths import Scale
@@ -323,3 +324,22 @@ def test_sums_and_partial_sums_do_not_overlap(driver: StubDriver) -> None:
     first, second, finish = (each.arguments for each in driver.launches)
     assert first["partials"] == finish["partials"] == finish["sums"] + 3 * 16
     assert second["partials"] == first["partials"] + 2 * 16
+
+
+@pytest.mark.parametrize("own", [torch.float64, torch.float32], ids=str)
+def test_the_sweep_for_sanitizers_launches_every_kernel(
+    own: torch.dtype, driver: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "current_target", lambda: target.Target(own, 32))
+    small_sweep.sweep("cpu", "triton")
+    found = {
+        (a["DTYPE"].name, a["MODE"], a["SUM_DTYPE"] and a["SUM_DTYPE"].name)
+        for a in (each.arguments for each in driver.launches)
+        if "MODE" in a
+    }
+    modes = [(mode, has_value) for mode, has_value in MODES if (mode, has_value) != ("gradient", False)]
+    sums = {"bf16": own, "fp16": own, "fp32": own, "fp64": torch.float64}
+    names = {torch.float64: "fp64", torch.float32: "fp32"}
+    for dtype, sum_dtype in sums.items():
+        for mode, has_value in [*modes, ("prox", True)]:
+            assert (dtype, mode, names[sum_dtype] if has_value else None) in found

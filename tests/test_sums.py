@@ -110,6 +110,28 @@ def test_long_sums_lose_nothing(kernels: Path, sum_dtype: torch.dtype, monkeypat
             assert ulps(found.l2, l2_term) <= ULPS[sum_dtype] + (kernels[1] == "cpu")
 
 
+def test_large_squares_with_small_strengths(kernels: Path, sum_dtype: torch.dtype) -> None:
+    """Where float32 squares would overflow though the value does not."""
+    for n in (2048, 5000):
+        places = np.arange(n)
+        for size in (1e18, 2.0**63.7, 2.0**65, 1e20, 3e37):
+            for values in (np.full(n, size), np.where(places == 77, size, 1e-3)):
+                w = weights_like(values, torch.float32, kernels[1])
+                with naming(f"{size}, {n}"):
+                    found = fastreg.elastic_penalty([w], 0.0, 1e-50, impl="triton")
+                    assert ulps(found, oracle.penalty([w], 0.0, 1e-50)[0]) <= ULPS[sum_dtype]
+
+
+def test_an_infinite_strength_of_a_group_with_zeros(kernels: Path, sum_dtype: torch.dtype) -> None:
+    device = kernels[1]
+    infinite, nan = (torch.tensor(s, device=device) for s in (math.inf, math.nan))
+    weights = [torch.cat([torch.zeros(2048), torch.ones(5)]).to(device), torch.ones(5, device=device)]
+    for strength, expected in ((infinite, math.inf), (nan, math.nan)):
+        groups = [{"params": weights[:1], "l1": strength}, {"params": weights[1:], "l1": 1.0}]
+        np.testing.assert_equal(float(fastreg.elastic_penalty(groups, impl="triton")), expected)
+        np.testing.assert_equal(float(fastreg.elastic_penalty(weights[:1], strength, impl="triton")), expected)
+
+
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
 def test_infinity_stays_infinite_and_nan_shows(kernels: Path, sum_dtype: torch.dtype, special: float) -> None:
     for dtype in NARROW:
