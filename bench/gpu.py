@@ -69,17 +69,16 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
         return ["-m", "bench.replay", "--dtype", dtype, *some, *run, *(["--rounds", "2"] if small else [])]
 
     def tune(model: str) -> list[str]:
-        file = str(folder / "run" / f"tune-{model}.json")
+        few = ["--rounds", "1", "--settings", "2"] if small else ["--rounds", "3"]
         return [
             "-m",
             "bench.tune",
             "kernel",
             "--model",
             model,
+            *few,
             "--out",
-            file,
-            "--rounds",
-            *(["1", "--settings", "2"] if small else ["3"]),
+            str(folder / "run" / f"tune-{model}.json"),
         ]
 
     few_tests = ["tests/test_sums.py", "tests/test_cuda_graphs.py"] if small else []

@@ -17,7 +17,7 @@ from bench.gpus import GPUS
 from bench.harness import Call, Harness, quantiles
 from bench.ledger import fastreg_operations
 from bench.models import DTYPES, SHAPES, from_shapes, n_weights
-from bench.peers import L1, L2, Weights, ours, restore
+from bench.peers import L1, L2, Weights, prepare, restore
 from bench.results import Case
 
 TASKS = ("value", "add_grad", "prox")
@@ -60,8 +60,7 @@ def measure(model: str, harness: Harness, rounds: int, device: str = "") -> list
     saved = [w.detach().clone() for w in weights]
     for w in weights:
         w.grad = torch.zeros_like(w)
-    tasks = ours(weights, L1, L2)
-    tasks["value"] = torch.no_grad()(tasks["penalty"])
+    tasks = prepare("fastreg", weights, L1, L2)
     calls: dict[tuple[str, str], Call] = {}
     for task in TASKS:
         tasks[task]()

@@ -13,8 +13,7 @@ from bench.results import Case
 SHARE, FROM_WEIGHTS, TASKS_WITH_SHARE = 0.9, 25_000_000, ("value", "add_grad", "prox")
 OF_BEST_EAGER = 1 / 3
 TASKS_OF_MODELS = ("backward", *TASKS_WITH_SHARE)
-
-
+# What tells one run's environment from another's.
 SAME = ("device", "device_type", "torch", "commit", "dirty")
 
 
@@ -66,7 +65,7 @@ def worst(cases: Sequence[Case]) -> list[str]:
         cells = [task]
         for field, pick in (("floor", max), ("eager", max), ("compiled", max), ("share", min)):
             there = [row for row in compared if row["task"] == task and row[field] is not None]
-            found = pick(there, key=lambda row: row[field], default=None) if there else None
+            found = pick(there, key=lambda row: row[field], default=None)
             cells.append("-" if found is None else f"{found[field]:.2f} ({found['label']})")
         rows.append(cells)
     return results.table(["worst of", "x floor", "x best eager", "x best compiled", "share of copy"], rows)
@@ -74,8 +73,8 @@ def worst(cases: Sequence[Case]) -> list[str]:
 
 def missed(cases: Sequence[Case]) -> list[str]:
     """The bars that were missed, a line each; and what failed."""
-    lines = []
-    for row in compare(cases):
+    lines, compared = [], compare(cases)
+    for row in compared:
         what, large = f"{row['task']}, {row['label']}", row["n_weights"] >= FROM_WEIGHTS
         if large and row["task"] in TASKS_WITH_SHARE and row["share"] is not None and row["share"] < SHARE:
             lines.append(f"- missed: {what}: {row['share']:.0%} of copy bandwidth, not {SHARE:.0%}")
@@ -85,5 +84,5 @@ def missed(cases: Sequence[Case]) -> list[str]:
             lines.append(f"- missed: {what}: {row['compiled']:.2f} of the best compiled peer's time, not at most 1")
     failed = [c for c in cases if c["status"] == "failed" and c["method"].startswith("fastreg")]
     lines += [f"- wrong: {c['task']}, {c['label']}, {c['method']}: {c['reason']}" for c in failed]
-    n_models = len({row["label"] for row in compare(cases)})
+    n_models = len({row["label"] for row in compared})
     return lines or [f"No bar was missed by what was measured, on {n_models} models."]

@@ -34,17 +34,11 @@ def add_gradient(
         found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
         torch.autograd.graph.increment_version(grads)
         return found
-    # Compilers cannot be asked for a weight's grad_dtype.
-    knows_dtypes = not torch.compiler.is_compiling()
-    own_dtypes = [knows_dtypes and _has_own_dtype(w) for w in work.weights]
-    for name, w, grad, has_own in zip(work.names, work.weights, grads, own_dtypes, strict=True):
-        if has_own and grad is None and not any_dtype:
-            raise TypeError(
-                f"the .grad of parameter {name!r} is to be {w.grad_dtype}, not {w.dtype}: "  # type: ignore[attr-defined]
-                "add the penalty to the loss instead"
-            )
-    old = [None if has_own and any_dtype else grad for grad, has_own in zip(grads, own_dtypes, strict=True)]
-    grads = list(map(_usable_gradient, work.weights, old, work.names))
+    if any_dtype:
+        grads = [None if _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
+    elif not torch.compiler.is_compiling():  # compilers cannot be asked for a weight's grad_dtype
+        _check_first_gradients(work)
+    grads = list(map(_usable_gradient, work.weights, grads, work.names))
     found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
     for w, grad in zip(work.weights, grads, strict=True):
         if any_dtype and w.grad is not grad:
@@ -119,6 +113,15 @@ def _has_own_dtype(weight: Any) -> bool:
     """Whether the gradient of `weight` has another dtype, or is to have one."""
     dtype = getattr(weight, "grad_dtype", None) if weight.grad is None else weight.grad.dtype
     return dtype is not None and dtype != weight.dtype
+
+
+def _check_first_gradients(work: Work) -> None:
+    for name, w in zip(work.names, work.weights, strict=True):
+        if w.grad is None and _has_own_dtype(w):
+            dtype = w.grad_dtype  # type: ignore[attr-defined]
+            raise TypeError(
+                f"the .grad of parameter {name!r} is to be {dtype}, not {w.dtype}: add the penalty to the loss instead"
+            )
 
 
 def _store_gradient(weight: Any, grad: Tensor) -> None:
