@@ -57,6 +57,12 @@ VARIANTS = {
     "prox-value": Variant(Mode.PROX),
     "value-grouped": Variant(Mode.VALUE, grouped=True),
     "accumulate-grouped": Variant(Mode.ACCUMULATE, grouped=True),
+    "adam-prox": Variant(Mode.ADAM_PROX, with_value=False),
+    "sgd": Variant(Mode.SGD, with_value=False),
+    "momentum": Variant(Mode.MOMENTUM, with_value=False),
+    "adam": Variant(Mode.ADAM, with_value=False),
+    "adam-value": Variant(Mode.ADAM),
+    "amsgrad": Variant(Mode.AMSGRAD, with_value=False),
     "prox-grouped": Variant(Mode.PROX, with_value=False, grouped=True),
 }
 # Strengths on the device change nothing in the loop: two dtypes are enough.

@@ -8,18 +8,22 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastreg import blocks
+from fastreg import walk
 from fastreg.formulas import Mode
 from fastreg.layout import Layout, forget_layouts
 from fastreg.local import local_sweep
+from fastreg.rules import STEPS, Settings, Update
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 from fastreg.work import Work
 
 try:
     from fastreg import kernels
-    from fastreg.kernels import launch
+    from fastreg.kernels import launch, tables
 except ImportError:  # there is no Triton for this machine
-    kernels = launch = None  # type: ignore[assignment]
+    kernels = launch = tables = None  # type: ignore[assignment]
+
+# Tensors beside a weight and its gradient. Alone, Adam's second moment counts as the second of its states.
+STATES = {Mode.SGD: 0, Mode.MOMENTUM: 1, Mode.ADAM: 2, Mode.AMSGRAD: 3, Mode.ADAM_PROX: 2}
 
 __all__ = ["UNSCALED", "Mode", "Scale", "Strength"]
 
@@ -36,27 +40,34 @@ def launch_kernels(weights: Sequence[Tensor], mode: Mode, strength: Strength, sc
     groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
-    grads = weights if mode in (Mode.GRADIENT, Mode.RESCALE, Mode.ACCUMULATE) else None
+    update = None
+    if mode is Mode.ADAM_PROX or mode in STEPS:
+        states = (weights, weights, weights)[: STATES[mode]]
+        steps = [torch.zeros((), device=weights[0].device)] * len(weights) if STATES[mode] > 1 else None
+        update = Update([Settings(1.0)] * (max(groups) + 1), (*states, None, None, None)[:3], steps)
+    grads = weights if mode not in (Mode.VALUE, Mode.PROX, Mode.ADAM_PROX) else None
     work = Work([], weights, groups, max(groups) + 1, Strengths(strength, strength), "triton")
-    return launch.kernel_sweep(parts, mode, work, grads, scale, layout.value_dtype if with_value else None)
+    dtype = layout.value_dtype if with_value else None
+    return launch.kernel_sweep(parts, mode, work, grads, scale, dtype, update=update)
 
 
 def launch_sizes(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Bytes of weights, and programs, of each launch that one sweep makes: one per device and dtype."""
     parts = [part for parts in Layout(weights, [0] * len(weights)).parts.values() for part in parts]
-    chunks = [part.prepared(launch.PointerTables).of_weights().n_chunks for part in parts]
+    chunks = [part.prepared(tables.PointerTables).of_weights().n_chunks for part in parts]
     return [(sum(part.numels) * part.dtype.itemsize, n) for part, n in zip(parts, chunks, strict=True)]
 
 
 def kernel_settings() -> dict[str, int]:
     """What the library launches its kernels with."""
-    return {name: getattr(launch, name) for name in ("BLOCK", "NUM_WARPS", "MOST_CHUNKS")}
+    return {"BLOCK": tables.BLOCK, "NUM_WARPS": launch.NUM_WARPS, "MOST_CHUNKS": tables.MOST_CHUNKS}
 
 
 @contextmanager
 def settings(**chosen: int) -> Iterator[None]:
     """Other values of BLOCK, NUM_WARPS, MOST_CHUNKS or CPU_BLOCK; the library's own are back afterwards."""
-    own = [(place, name, getattr(place, name)) for place in (blocks, launch) for name in chosen if hasattr(place, name)]
+    places = (walk, launch, tables)
+    own = [(place, name, getattr(place, name)) for place in places for name in chosen if hasattr(place, name)]
     try:
         for place, name, _ in own:
             setattr(place, name, chosen[name])

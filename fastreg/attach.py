@@ -2,16 +2,19 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from fastreg.formulas import Measure
-from fastreg.inplace import add_gradient, apply_prox
+from fastreg.formulas import Measure, together
+from fastreg.inplace import add_gradient, apply_prox, measure
 from fastreg.kinds import warn_user
-from fastreg.strengths import UNSCALED, Scale, Strength, accumulate_dtype, check_strength
+from fastreg.step_sizes import adam_update, check_metric, is_elementwise, step_sizes
+from fastreg.steps import apply_adam_prox
+from fastreg.strengths import UNSCALED, Scale
 from fastreg.work import Work
 
 # By optimizer, to notice two penalties on the same weights.
@@ -28,19 +31,19 @@ class Attachment:
         self,
         optimizer: Any,
         mode: str,
+        metric: str | None,
         current: Callable[[], Work],
         publish: Callable[[Measure | None], None],
     ) -> None:
         # Wrappers such as Accelerate's have hooks of their own, which never run.
         while "optimizer" in getattr(optimizer, "__dict__", ()) and isinstance(optimizer.optimizer, Optimizer):
             optimizer = optimizer.optimizer
-        _check(optimizer, mode)
+        _check(optimizer, mode, metric)
+        by = metric or "optimizer"
         self._optimizer = weakref.ref(optimizer)
         work = current()
         membership = _Membership()
         membership.groups(optimizer, work)
-        if mode == "prox":
-            _steps(optimizer)
         self._weight_ids = set(map(id, work.weights))
         others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
         shared = [name for name, w in zip(work.names, work.weights, strict=True) if id(w) in others]
@@ -65,13 +68,13 @@ class Attachment:
 
         def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             membership.groups(optimizer, current())  # raises before the step, not half way
-            _steps(optimizer)
+            check_metric(optimizer, by)
 
         def shrink(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            work, steps = current(), _steps(optimizer)
-            used, step_groups = membership.groups(optimizer, work)
+            work = current()
+            groups = membership.groups(optimizer, work)
             with torch.no_grad():
-                publish(apply_prox(work, [steps[i] for i in used], step_groups, with_value=True))
+                publish(_shrink(optimizer, work, groups, by))
 
         self._hooks = [optimizer.register_step_pre_hook(add if mode == "grad" else check)]
         if mode == "prox":
@@ -90,15 +93,36 @@ class Attachment:
         self._weight_ids.clear()
 
 
-def _check(optimizer: Any, mode: str) -> None:
+def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Measure | None:
+    """The proximal step of the weights, whose param groups are `groups`, and the penalty before it."""
+    if metric == "lr":
+        return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
+    # The optimizer made no step of what has no gradient. Its value counts all the same.
+    stepped = [w.grad is not None for w in work.weights]
+    if not all(stepped):
+        resting = measure(work.subset([not s for s in stepped]))
+        if not any(stepped):
+            return resting
+        moving = _shrink(optimizer, work.subset(stepped), list(compress(groups, stepped)), metric)
+        return moving if resting is None or moving is None else together(resting, moving)
+    if not is_elementwise(optimizer, metric):
+        return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
+    return apply_adam_prox(*adam_update(optimizer, work, groups))
+
+
+def _check(optimizer: Any, mode: str, metric: str | None) -> None:
     if mode not in ("grad", "prox"):
         raise ValueError(f'mode must be "grad" or "prox", got {mode!r}')
+    if mode == "grad" and metric is not None:
+        raise ValueError('metric is for mode="prox": a gradient goes through the optimizer, whatever its steps are')
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, LBFGS):
         raise TypeError("LBFGS evaluates its closure's loss several times a step: add the penalty to that loss")
     if mode == "grad" and isinstance(optimizer, SparseAdam):
         raise TypeError('SparseAdam takes sparse gradients only; attach with mode="prox", or use another optimizer')
+    if mode == "prox":
+        check_metric(optimizer, "optimizer" if metric is None else metric)
     if mode == "grad" and any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError('maximize=True would reward the penalty; attach with mode="prox", or minimize -loss')
 
@@ -109,10 +133,10 @@ class _Membership:
     def __init__(self) -> None:
         self._weights: Sequence[Tensor] | None = None
         self._params: list[list[int]] = []
-        self._found: tuple[list[int], list[int]] = [], []
+        self._found: list[int] = []
 
-    def groups(self, optimizer: Optimizer, work: Work) -> tuple[list[int], list[int]]:
-        """The param groups that hold any weight, and of each weight the number of its group among these.
+    def groups(self, optimizer: Optimizer, work: Work) -> list[int]:
+        """Of each weight the number of its param group.
 
         Raises ValueError for a weight that the optimizer does not hold.
         """
@@ -123,27 +147,6 @@ class _Membership:
         for name, w in zip(work.names, work.weights, strict=True):
             if id(w) not in group_of:
                 raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
-        groups = [group_of[id(w)] for w in work.weights]
-        used = list(dict.fromkeys(groups))
-        self._found = used, [used.index(i) for i in groups]
+        self._found = [group_of[id(w)] for w in work.weights]
         self._weights, self._params = work.weights, params
         return self._found
-
-
-def _steps(optimizer: Optimizer) -> list[Strength]:
-    """The step size of each param group: its learning rate, which has to be a valid one, or 0 where none was made."""
-    # Where a fused optimizer found infinite gradients it left the weights alone, and so does a step of size 0.
-    found_inf = getattr(optimizer, "found_inf", None)
-    steps: list[Strength] = []
-    for i, group in enumerate(optimizer.param_groups):
-        lr = group.get("lr")
-        if lr is None:
-            raise ValueError(f"param group {i} of the optimizer has no lr, by which a proximal step would shrink")
-        if isinstance(lr, Tensor):
-            # In host memory there is nothing to wait for.
-            lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-        step = check_strength(lr, f"lr of param group {i}")
-        if found_inf is not None:
-            step = (found_inf == 0).to(accumulate_dtype(found_inf.device)) * step
-        steps.append(step)
-    return steps

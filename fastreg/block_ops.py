@@ -47,12 +47,12 @@ class BlockOps:
     def sums(self, block: Block, weights: Pieces) -> tuple[Tensor, Tensor]:
         """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
         pieces = [weights[i] for i in block.pieces]
-        wide, parts = self._memory.pack("wide", self._accumulate, _shapes(pieces))
+        wide, parts = self._memory.pack("wide", self._accumulate, shapes_of(pieces))
         w = wide
         if len(pieces) == 1 and self._dtype == self._accumulate:
             w = pieces[0].view(-1)
         else:
-            _copy(parts, pieces)
+            copy_pieces(parts, pieces)
         square_sum = torch.dot(w, w)
         return torch.abs(w, out=wide).sum(), square_sum
 
@@ -61,10 +61,10 @@ class BlockOps:
         inputs = [weights[i] for i in block.in_place]
         if block.packed:
             pieces = [weights[i] for i in block.packed]
-            w, parts = self._memory.pack("input", self._compute, _shapes(pieces), LANES if self._on_host else 1)
-            _copy(parts, pieces)
+            w, parts = self._memory.pack("input", self._compute, shapes_of(pieces), LANES if self._on_host else 1)
+            copy_pieces(parts, pieces)
             inputs.append(w)
-        spares = self._memory.spares(self._compute, _shapes(inputs))
+        spares = self._memory.spares(self._compute, shapes_of(inputs))
         for i, w, spare in zip(block.in_place, inputs, spares, strict=False):
             if mode is Mode.PROX:
                 self.prox(targets[i], l1, l2, spare)
@@ -80,7 +80,7 @@ class BlockOps:
             self.gradient(inputs[-1], l1, l2, spares[-1], out=inputs[-1])
         copies = [targets[i] for i in block.packed]
         if mode is not Mode.ACCUMULATE:
-            _copy(copies, parts)
+            copy_pieces(copies, parts)
         else:
             # Rounded to the storage dtype before the addition: autograd's order, so that its bits are ours.
             same = self._dtype == self._compute
@@ -152,11 +152,13 @@ def _fits_fused_sgd(l1: float, slope: float, dtype: torch.dtype) -> bool:
     return l1 != 0 and rounded(1 - (1 - slope)) == rounded(slope)
 
 
-def _shapes(pieces: Pieces) -> tuple[torch.Size, ...]:
+def shapes_of(pieces: Pieces) -> tuple[torch.Size, ...]:
+    """As a key for scratch memory."""
     return tuple([piece.shape for piece in pieces])
 
 
-def _copy(targets: Pieces, sources: Pieces) -> None:
+def copy_pieces(targets: Pieces, sources: Pieces) -> None:
+    """Each source to its target, in one operator call."""
     if len(targets) == 1:
         targets[0].copy_(sources[0])
     else:

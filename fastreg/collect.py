@@ -52,7 +52,7 @@ def collect(params: Any) -> tuple[list[Candidate], list[OwnStrengths], list[nn.M
             raise TypeError(f"params mixes group dicts with {type(group).__name__}; put that into a group of its own")
         where = "" if groups is None else f"groups[{index}]."
         if groups is not None:
-            _check_keys(group, index)
+            check_keys(group, index)
         l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
         strengths.append((l1, l2))
         if isinstance(group["params"], nn.Module):
@@ -74,7 +74,7 @@ def _is_group(params: Mapping[Any, Any]) -> bool:
     return not all(isinstance(value, Tensor) for value in params.values())
 
 
-def _check_keys(group: Mapping[Any, Any], index: int) -> None:
+def check_keys(group: Mapping[Any, Any], index: int) -> None:
     """Refuses keys that look misspelt or misplaced; the others are an optimizer's own, such as lr or betas."""
     for key in group:
         if key in ("params", "l1", "l2") or not isinstance(key, str):

@@ -135,7 +135,13 @@ class ElasticNet:
         with torch.no_grad():
             apply_prox(self._current(), [step])
 
-    def attach(self, optimizer: torch.optim.Optimizer, mode: Literal["grad", "prox"] = "grad") -> Attachment:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        mode: Literal["grad", "prox"] = "grad",
+        *,
+        metric: Literal["optimizer", "lr"] | None = None,
+    ) -> Attachment:
         """Makes every `optimizer.step()` apply the penalty, once, however many micro-batches went before it.
 
         The loss then goes without: nothing of the penalty passes through backward.
@@ -144,14 +150,21 @@ class ElasticNet:
             optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones
                 and GradScaler are supported. Of a wrapper such as Accelerate's the optimizer inside is used.
             mode: "grad" adds the gradient right before the step, after any clipping, which therefore does not see it.
-                "prox" shrinks the weights right after the step, each by the learning rate of its param group: exactly
-                the proximal gradient method for plain SGD; momentum and Adam make larger steps than lr.
+                "prox" shrinks the weights right after the step, so that those which do not pay for themselves become
+                exactly zero.
+            metric: the size of that proximal step. "optimizer", the default, is the optimizer's own step per unit of
+                gradient, with which training ends at the minimum of loss + penalty (the formulas are in
+                fastreg.optim): of torch.optim's and fastreg.optim's SGD, Adam and AdamW. Parameters without a gradient
+                make no step and are not shrunk. "lr" takes the learning rate of the param group, for any optimizer and
+                all parameters: a shrinkage decoupled from the optimizer, as AdamW's weight decay is, which for
+                momentum and Adam is another and mostly weaker penalty.
 
         Returns: a handle with `remove()`. `last` is the `Penalty` at each step from now on.
 
         Raises:
-            ValueError: a selected weight that the optimizer does not hold, an unknown mode; maximize=True, in mode
-                "grad"; a param group without lr or with a negative one, in mode "prox", also later from step().
+            ValueError: a selected weight that the optimizer does not hold, an unknown mode; maximize=True or a metric,
+                in mode "grad"; in mode "prox", also later from step(), a param group without lr or with a negative one,
+                an optimizer whose steps are not known, momentum from 1 on, or one that keeps copies of the weights.
             TypeError: not an optimizer; LBFGS, which needs the penalty in its loss; SparseAdam, in mode "grad".
             RuntimeError: attached already; later, from step(), a closure in mode "grad".
 
@@ -161,7 +174,7 @@ class ElasticNet:
         """
         if self._attachment is not None and self._attachment.is_active:
             raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
-        self._attachment = Attachment(optimizer, mode, self._current, self._record_last)
+        self._attachment = Attachment(optimizer, mode, metric, self._current, self._record_last)
         return self._attachment
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:

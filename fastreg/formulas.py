@@ -23,6 +23,11 @@ class Mode(enum.Enum):
     RESCALE = "rescale"  # `grads` hold the gradient for scale 1: writes it anew, or leaves it if the scale is 1
     ACCUMULATE = "accumulate"  # adds the gradient to .grad in place
     PROX = "prox"  # replaces w by its proximal step
+    ADAM_PROX = "adam_prox"  # the same with the step sizes of Adam, elementwise; this and the others have an Update
+    SGD = "sgd"  # a step of SGD without a momentum buffer
+    MOMENTUM = "momentum"  # with one
+    ADAM = "adam"  # a step of Adam or AdamW
+    AMSGRAD = "amsgrad"  # which also keeps the largest second moment
 
 
 class Penalty(NamedTuple):
@@ -55,6 +60,14 @@ class Measure(NamedTuple):
             # The quickest way from floats to a tensor, which then owns their memory.
             return torch.frombuffer(self.memory, dtype=torch.float64).view(-1, 2)
         return self.memory[:n_groups] if len(self.memory) > n_groups else self.memory
+
+
+def together(one: Measure, other: Measure) -> Measure:
+    """The value of two lists of weights; not the sums."""
+    parts = zip(one.penalty, other.penalty, strict=True)
+    total, l1_term, l2_term = (a.double() + b.to(a.device) for a, b in parts)
+    dtype = value_dtype([one.total.dtype, other.total.dtype])
+    return Measure(total.to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), torch.empty(0))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -45,7 +45,7 @@ def add_gradient(
             _store_gradient(w, grad)
         elif w.grad is not grad:
             w.grad = grad
-    _mark_changed(work, grads)
+    mark_changed(work, grads)
     return found
 
 
@@ -63,13 +63,14 @@ def apply_prox(
         is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
         if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
             for name, w in zip(work.names, parts, strict=True):
-                _check_writable(w, f"parameter {name!r}")
+                check_writable(w, f"parameter {name!r}")
         if work.layout is not None:
             work.layout.may_be_written = not torch.is_inference_mode_enabled()
     run = sweep_for(work)
     device = weights[0].device
-    if step_groups is None or len(steps) == 1:
-        step = per_group(steps[:1], device, "lr")
+    used = [0] if step_groups is None else list(dict.fromkeys(step_groups))
+    if len(used) == 1 or step_groups is None:
+        step = per_group([steps[used[0]]], device, "lr")
         found = run(work, Mode.PROX, scale=Scale(step, step), with_value=with_value)
     else:
         # One group for each pair of strength group and step, with strengths multiplied by the step.
@@ -82,15 +83,20 @@ def apply_prox(
         found = run(refined, Mode.PROX, with_value=with_value)
         if found is not None:
             found = weighted_terms(found.sums(len(numbers)), _columns(plain, device), found.total.dtype)
-    _mark_changed(work, weights)
+    mark_changed(work, weights)
     return found
+
+
+def measure(work: Work) -> Measure | None:
+    """The value alone."""
+    return sweep_for(work)(work, Mode.VALUE)
 
 
 def _columns(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -> Strengths:
     return Strengths(*(per_group(column, device, "lr") for column in zip(*pairs, strict=True)))
 
 
-def _mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
+def mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
     """Lets graphs that saved one of them notice that it was changed; of a DTensor, also those that saved its part."""
     if torch.compiler.is_compiling():
         return
@@ -152,11 +158,11 @@ def _usable_part(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
         )
     if grad.layout != torch.strided:
         return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
-    _check_writable(grad, what)
+    check_writable(grad, what)
     return grad
 
 
-def _check_writable(tensor: Tensor, what: str) -> None:
+def check_writable(tensor: Tensor, what: str) -> None:
     """Raises where `tensor`, called `what`, cannot be changed in place."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{what} is expanded: its elements share memory; pass the tensor it views, or a clone()")

@@ -71,7 +71,7 @@ class Layout:
         # Whether the weights were found to be free to be changed in place, which what is compared covers.
         self.may_be_written = False
         self._is_like = snapshot(weights)
-        self._is_like_grads: Callable[..., bool] | None = None
+        self._are_like: dict[int, Callable[..., bool]] = {}
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
         for position, (weight, address, group) in enumerate(zip(weights, self.addresses, groups, strict=True)):
             parts = by_device.setdefault(weight.device, {})
@@ -90,13 +90,17 @@ class Layout:
         """Whether this is their memory, dtype and shape, whatever else may have changed."""
         return self.identity == _identity(weights, list(map(Tensor.data_ptr, weights)))
 
-    def accepts(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether `grads` are like those stored last: all present, in the weights' memory order, free to be changed."""
-        return self._is_like_grads is not None and self._is_like_grads(*grads)
+    def accepts(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether gradients, and states of an optimizer after them, are like as many that were stored last.
 
-    def remember(self, grads: Sequence[Tensor]) -> None:
-        """Accepts such gradients at the next call: they may be written to as they are."""
-        self._is_like_grads = snapshot(grads)
+        That is, all present, in the weights' memory order, free to be changed.
+        """
+        are_like = self._are_like.get(len(tensors))
+        return are_like is not None and are_like(*tensors)
+
+    def remember(self, tensors: Sequence[Tensor]) -> None:
+        """Accepts such gradients and states at the next call: they may be written to as they are."""
+        self._are_like[len(tensors)] = snapshot(tensors)
 
 
 def _identity(weights: Sequence[Tensor], addresses: list[int]) -> list[Any]:

@@ -14,6 +14,7 @@ from fastreg.blocks import block_sweep
 from fastreg.formulas import Measure, Mode, weighted_terms
 from fastreg.kinds import check_kinds
 from fastreg.layout import find_layout, store_layout
+from fastreg.rules import Update
 from fastreg.strengths import UNSCALED, Scale
 from fastreg.work import Grads, Work
 
@@ -27,6 +28,7 @@ def local_sweep(
     with_value: bool = True,
     with_terms: bool = True,
     is_accepted: bool = False,
+    update: Update | None = None,
 ) -> Measure | None:
     """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
 
@@ -35,6 +37,7 @@ def local_sweep(
         scale: factors on the strengths, read on the device.
         grads: one tensor of the weight's shape, dtype and device for each weight.
         is_accepted: whether `work.layout` is there and accepts `grads`, as the caller has found.
+        update: what the modes of optimizers need besides; its states and counters are updated as the weights are.
 
     Returns the value, if asked for with or without its terms: in PROX that of the weights before the step. Raises
     TypeError for a weight that changed its kind since it was selected, and RuntimeError for impl="triton" where it
@@ -49,10 +52,19 @@ def local_sweep(
         copied = any(map(operator.is_not, weights, work.weights))
         dense = work._replace(weights=weights) if copied else work
         layout = (find_layout(weights, work.groups) if copied else None) or store_layout(weights, work.groups)
-    if grads is not None and not is_accepted and not layout.accepts(grads):
-        staged = [_stage(g, w, mode) for g, w in zip(grads, dense.weights, strict=True)]
-        if all(map(operator.is_, staged, grads)):
-            layout.remember(grads)
+    beside = [] if is_accepted else [*(grads or ()), *(() if update is None else update.tensors())]
+    staged_update = update
+    if beside and not layout.accepts(beside):
+        is_read = mode not in (Mode.GRADIENT, Mode.VALUE)
+
+        def stage(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return [_stage(t, w, is_read) for t, w in zip(tensors, dense.weights, strict=True)]
+
+        staged = None if grads is None else stage(grads)
+        staged_update = None if update is None else update.mapped(stage)
+        in_order = [*(staged or ()), *(() if staged_update is None else staged_update.tensors())]
+        if all(map(operator.is_, in_order, beside)):
+            layout.remember(beside)
     # All decided before the first write, so that an error leaves everything as it was.
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     dtype = layout.value_dtype if with_value else None
@@ -63,10 +75,12 @@ def local_sweep(
             here, scale_here = dense, scale
             if len(backends) > 1:
                 here, scale_here = dense._replace(strengths=dense.strengths.on(device)), scale.on(device)
-            measures.append(backend(parts, mode, here, staged, scale_here, dtype, with_terms))
-    if dense is not work and mode is Mode.PROX:
+            measures.append(backend(parts, mode, here, staged, scale_here, dtype, with_terms, staged_update))
+    if dense is not work and (mode is Mode.PROX or update is not None):
         _copy_back(dense.weights, work.weights)
-    if staged is not None and grads is not None and staged is not grads:
+    if update is not None and staged_update is not None and mode is not Mode.ADAM_PROX:
+        _copy_back(staged_update.tensors(), update.tensors())
+    elif update is None and staged is not None and grads is not None and staged is not grads:
         _copy_back(staged, grads)
     if dtype is None or len(measures) == 1:
         return measures[0]
@@ -115,13 +129,13 @@ def _is_lazy(tensor: Tensor) -> bool:
     return tensor.is_neg() or tensor._is_zerotensor()  # type: ignore[attr-defined]
 
 
-def _stage(grad: Tensor, weight: Tensor, mode: Mode) -> Tensor:
-    """`grad` itself where it has the memory order of the dense `weight`, else a copy that has."""
+def _stage(grad: Tensor, weight: Tensor, is_read: bool) -> Tensor:
+    """`grad` itself where it has the memory order of the dense `weight`, else new memory that has, filled if read."""
     same_order = grad.stride() == weight.stride() or (grad.is_contiguous() and weight.is_contiguous())
     if grad.numel() == 0 or (same_order and not _is_lazy(grad)):
         return grad
     staged = torch.empty_like(weight)
-    return staged.copy_(grad) if mode in (Mode.ACCUMULATE, Mode.RESCALE) else staged
+    return staged.copy_(grad) if is_read else staged
 
 
 def _copy_back(staged: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

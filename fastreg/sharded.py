@@ -16,6 +16,7 @@ from torch import Tensor
 from fastreg.dtensor import is_dtensor, local_shards
 from fastreg.formulas import Measure, Mode, value_dtype, weighted_terms
 from fastreg.local import local_sweep
+from fastreg.rules import Update
 from fastreg.strengths import UNSCALED, Scale, Strengths, per_group
 from fastreg.work import Grads, Work
 
@@ -79,6 +80,7 @@ def sharded_sweep(
     grads: Grads = None,
     with_value: bool = True,
     with_terms: bool = True,
+    update: Update | None = None,
 ) -> Measure | None:
     """`local_sweep` of this rank's shards, with the value of all ranks', or its own if not `work.all_reduce`.
 
@@ -86,8 +88,9 @@ def sharded_sweep(
     """
     parts = work._replace(weights=local_shards(work.weights))
     local_grads = None if grads is None else local_shards(grads)
+    local_update = None if update is None else update.mapped(local_shards)
     if not with_value:
-        return local_sweep(parts, mode, scale=scale, grads=local_grads, with_value=False)
+        return local_sweep(parts, mode, scale=scale, grads=local_grads, with_value=False, update=local_update)
     ownership = Ownership(work.weights, work.all_reduce)
     # One sweep for all: strength groups are split by who counts them.
     pairs = list(zip(work.groups, ownership.mesh_index, strict=True))
@@ -97,7 +100,9 @@ def sharded_sweep(
     columns = [[s[group] if isinstance(s, Tensor) and s.ndim else s for group in coarse] for s in work.strengths]
     strengths = Strengths(per_group(columns[0], device, "l1"), per_group(columns[1], device, "l2"))
     fine = parts.regrouped([numbers[pair] for pair in pairs], len(numbers), strengths)
-    found = local_sweep(fine, mode, scale=scale, grads=local_grads)
+    if local_update is not None:
+        local_update = local_update._replace(settings=[local_update.settings[group] for group in coarse])
+    found = local_sweep(fine, mode, scale=scale, grads=local_grads, update=local_update)
     assert found is not None
     rows = []
     for group, row in zip(coarse, found.sums(len(coarse)), strict=True):

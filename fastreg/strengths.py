@@ -103,15 +103,15 @@ def per_group(values: Sequence[Strength], device: torch.device, name: str) -> St
         return values[0]
     floats = tuple([s for s in values if not isinstance(s, Tensor)])
     if len(floats) == len(values) and not torch.compiler.is_compiling():
-        return _constant(floats, device)
+        return constant(floats, device)
     dtype = accumulate_dtype(device)
-    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else _constant((s,), device)[0] for s in values])
+    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in values])
 
 
 _CONSTANTS: dict[torch.device, DeviceCache] = {}
 
 
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """`values` as a tensor on `device`, copied there once for each set of values."""
     if torch.compiler.is_compiling():
         # A compiler records how a constant is made, and cannot look into caches.

@@ -15,6 +15,7 @@ from fastreg.dtensor import hides_dtensor
 from fastreg.formulas import Measure, Mode, value_dtype
 from fastreg.kinds import check_kinds
 from fastreg.local import backend_for, local_sweep
+from fastreg.rules import Update, take_steps
 from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
 from fastreg.work import Grads, Work
 
@@ -44,6 +45,7 @@ def traced_sweep(
     grads: Grads = None,
     with_value: bool = True,
     with_terms: bool = True,
+    update: Update | None = None,
 ) -> Measure | None:
     """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
@@ -52,7 +54,11 @@ def traced_sweep(
             "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
         )
     check_kinds(work.names, weights)
-    if is_transformed() or all(backend_for(w.device, work.impl) is block_sweep for w in weights):
+    if update is not None:
+        # Before the step; a compiler makes kernels of these expressions that are as good.
+        sums = formulas.sums_of_groups(weights, groups, n_groups) if with_value else None
+        take_steps(mode, weights, grads, groups, update)
+    elif is_transformed() or all(backend_for(w.device, work.impl) is block_sweep for w in weights):
         sums = formulas.sums_of_groups(weights, groups, n_groups) if with_value else None
         formulas.update(mode, weights, grads, groups, work.strengths, scale)
     elif mode is Mode.VALUE:

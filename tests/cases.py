@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.helpers import Path
 
-# Elements that a Triton program reads at a time: fastreg.kernels.launch.BLOCK, which needs Triton.
+# Elements that a Triton program reads at a time: fastreg.kernels.tables.BLOCK, which needs Triton.
 BLOCK = 2048
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 L1, L2, LR = 0.3, 0.7, 0.5

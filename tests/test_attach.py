@@ -109,7 +109,7 @@ def test_prox_follows_the_learning_rate_of_each_group(tensor_lr: bool) -> None:
     expected = train(model, optimizer, after=lambda: (shrink(optimizer), schedule.step()))
     other = net()
     optimizer, schedule = scheduled(other, tensor_lr)
-    ElasticNet(other, L1, L2).attach(optimizer, mode="prox")
+    ElasticNet(other, L1, L2).attach(optimizer, mode="prox", metric="lr")
     assert train(other, optimizer, after=schedule.step) == expected
 
 

@@ -69,7 +69,7 @@ def test_gradient_needs_no_learning_rate() -> None:
 def test_prox_without_a_learning_rate_is_refused() -> None:
     model = net()
     with pytest.raises(ValueError, match=r"param group 0 of the optimizer has no lr"):
-        ElasticNet(model, L1, L2).attach(NoLr(model.parameters()), "prox")
+        ElasticNet(model, L1, L2).attach(NoLr(model.parameters()), "prox", metric="lr")
 
 
 @pytest.mark.parametrize("lr", [-0.1, float("nan"), torch.tensor(-0.1)], ids=str)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastreg import blocks
+from fastreg import walk
 from fastreg.formulas import Mode
 from fastreg.layout import forget_layouts
 from tests.helpers import Path
@@ -55,8 +55,8 @@ def test_the_direct_way_needs_no_memory_of_the_models_size(
 ) -> None:
     # So that even this small model is many blocks for the PyTorch path.
     block = 256
-    monkeypatch.setattr(blocks, "CPU_BLOCK", block)
-    monkeypatch.setattr(blocks, "DEVICE_BLOCK", block)
+    monkeypatch.setattr(walk, "CPU_BLOCK", block)
+    monkeypatch.setattr(walk, "DEVICE_BLOCK", block)
     forget_layouts()
     scene = with_gradients(Scene(way, path, many(8)))
 

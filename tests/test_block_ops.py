@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import block_ops, blocks, scratch
+from fastreg import block_ops, scratch, walk
 from fastreg.block_ops import LANES, BlockOps
 from tests import oracle
 from tests.cases import DTYPES, L1, L2, leaf
 from tests.helpers import bits, naming
 
-SMALL, BLOCK = blocks.CPU_SMALL, blocks.CPU_BLOCK
+SMALL, BLOCK = walk.CPU_SMALL, walk.CPU_BLOCK
 
 
 @pytest.mark.parametrize("l1", [0.0, 1e-45, 1e-5, 1e30, 1e300])

@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
-from fastreg import blocks, scratch
+from fastreg import scratch, walk
 from fastreg.block_ops import LANES
-from fastreg.blocks import Walk
 from fastreg.layout import Layout, forget_layouts
+from fastreg.walk import Walk
 from tests import oracle
 from tests.cases import L1, L2, leaf
 
-SMALL, BLOCK = blocks.CPU_SMALL, blocks.CPU_BLOCK
+SMALL, BLOCK = walk.CPU_SMALL, walk.CPU_BLOCK
 SIZES = [1, LANES - 1, LANES, LANES + 1, SMALL - 1, SMALL, SMALL + LANES + 3, BLOCK // 4]
 SIZES += [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + SMALL + 5]
 
@@ -72,15 +72,15 @@ def test_strengths_of_groups_of_every_size() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_groups_of_large_pieces_and_of_many_blocks(dtype: torch.dtype) -> None:
     """Each group has pieces that are a block by themselves, and small ones of more than one block together."""
-    sizes = [blocks.CPU_ALONE, BLOCK + 3, blocks.CPU_ALONE + SMALL + 5, *[blocks.CPU_ALONE - 40] * 34]
+    sizes = [walk.CPU_ALONE, BLOCK + 3, walk.CPU_ALONE + SMALL + 5, *[walk.CPU_ALONE - 40] * 34]
     n_groups = 3
     weights = [leaf(torch.randn(n).to(dtype)) for n in sizes for _ in range(n_groups)]
     own = [0.1 * (i % n_groups + 1) for i in range(len(weights))]
     groups = [{"params": weights[i::n_groups], "l1": own[i], "l2": own[i] / 2} for i in range(n_groups)]
     (part,) = Layout(weights, [i % n_groups for i in range(len(weights))]).parts[torch.device("cpu")]
-    walk = Walk(part)
-    pieces = walk.pieces_of(weights)
-    assert max(sum(pieces[i].numel() for i in block.pieces) for block in walk.blocks) <= BLOCK
+    blocks = Walk(part)
+    pieces = blocks.pieces_of(weights)
+    assert max(sum(pieces[i].numel() for i in block.pieces) for block in blocks.blocks) <= BLOCK
     found = fastreg.add_elastic_grad_(groups)
     expected = []
     for w, strength in zip(weights, own, strict=True):
@@ -280,13 +280,13 @@ def test_only_small_pieces_and_tails_are_packed(n: int) -> None:
     """What is large and fills the vector units is changed where it is, also in small models."""
     w = torch.ones(n)
     (part,) = Layout([w, torch.ones(7)], [0, 0]).parts[torch.device("cpu")]
-    walk = Walk(part)
-    pieces = walk.pieces_of([w, torch.ones(7)])
+    blocks = Walk(part)
+    pieces = blocks.pieces_of([w, torch.ones(7)])
     rest = n % BLOCK
     large = rest - rest % LANES if rest - rest % LANES >= SMALL else 0
     sizes = [size for size in (*[BLOCK] * (n // BLOCK), large, rest - large) if size]
-    assert sorted(pieces[i].numel() for block in walk.blocks for i in block.pieces) == sorted([*sizes, 7])
-    in_place = [pieces[i].numel() for block in walk.blocks for i in block.in_place]
+    assert sorted(pieces[i].numel() for block in blocks.blocks for i in block.pieces) == sorted([*sizes, 7])
+    in_place = [pieces[i].numel() for block in blocks.blocks for i in block.in_place]
     assert sorted(in_place) == sorted(size for size in sizes if size >= SMALL)
-    for block in walk.blocks:
+    for block in blocks.blocks:
         assert sorted(block.in_place + block.packed) == sorted(block.pieces)

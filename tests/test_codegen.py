@@ -16,7 +16,7 @@ from bench import codegen
 from bench.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
 from fastreg.formulas import Mode
 from fastreg.kernels import launch, sweep_kernel
-from fastreg.kernels.launch import BLOCK, MOST_CHUNKS
+from fastreg.kernels.tables import BLOCK, MOST_CHUNKS
 from fastreg.strengths import UNSCALED, Scale
 
 pytestmark = [

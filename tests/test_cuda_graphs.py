@@ -269,7 +269,7 @@ def test_the_hot_path_can_be_captured(name: str, kind: str, monkeypatch: pytest.
     def copies(*args: Any) -> Tensor:
         pytest.fail("a table is built again")
 
-    monkeypatch.setattr("fastreg.kernels.launch.to_device", copies)
+    monkeypatch.setattr("fastreg.kernels.tables.to_device", copies)
     monkeypatch.setattr(strengths, "to_device", copies)
     with NoHostWork():
         STEPS[name](reg)

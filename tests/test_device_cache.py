@@ -106,19 +106,19 @@ def test_a_table_is_awaited_on_other_streams() -> None:
 
 
 def test_pointer_tables() -> None:
-    launch = pytest.importorskip("fastreg.kernels.launch")
+    tables = pytest.importorskip("fastreg.kernels.tables")
     part = Part(torch.float32, CPU)
     for numel, group in ((5000, 1), (0, 0), (2048, 0), (1, 1)):
         part.positions.append(len(part.positions))
         part.addresses.append(16 * numel)
         part.numels.append(numel)
         part.groups.append(group)
-    pointers = launch.PointerTables(part)
-    tables = pointers.of_weights()
+    pointers = tables.PointerTables(part)
+    found = pointers.of_weights()
     # Address, number of elements, group and tensor of each chunk.
-    assert tables.chunks.tolist() == [
-        *([80000, 2048, 1, 0], [80000 + 2048 * 4, 2048, 1, 0], [80000 + 4096 * 4, 904, 1, 0]),
+    assert found.chunks.tolist() == [
+        *([80000, 2048, 1, 0], [80000 + 2048 * 4, 2048, 1, 0], [80000 + 4096 * 4, 904, 1, 0], [0, 0, 0, 1]),
         *([32768, 2048, 0, 2], [16, 1, 1, 3]),
     ]
-    assert tables.n_chunks == 5
-    assert pointers.of_weights() is tables
+    assert found.n_chunks == 6
+    assert pointers.of_weights() is found

@@ -18,12 +18,13 @@ from tests.stub_driver import Launch, StubDriver, stub_driver
 
 pytest.importorskip("triton.backends.nvidia")
 launch = pytest.importorskip("fastreg.kernels.launch")
+tables = pytest.importorskip("fastreg.kernels.tables")
 target = pytest.importorskip("fastreg.kernels.target")
 
 pytestmark = pytest.mark.jit
 
 # Parameters in upper case are constexprs; the others are int64, addresses most of them, but for these.
-OTHER_TYPES = {"l1": "fp64", "l2": "fp64", "doubles": "i32"}
+OTHER_TYPES = {"l1": "fp64", "l2": "fp64", "doubles": "i32", "lr": "fp64"}
 # What PTX and Python call a type.
 PTX_TYPES = {"i64": "u64", "i32": "u32", "fp64": "f64"}
 PYTHON_TYPES = {"i64": int, "i32": int, "fp64": float}
@@ -37,7 +38,7 @@ MODES = [
     *(("value", True), ("gradient", True), ("gradient", False), ("rescale", False)),
     *(("accumulate", True), ("accumulate", False), ("prox", False)),
 ]
-BLOCK = launch.BLOCK
+BLOCK = tables.BLOCK
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 Change = Callable[[fastreg.ElasticNet, list[Tensor]], object]
@@ -183,7 +184,7 @@ def test_nothing_is_compiled_after_the_first_call_of_each_mode(
         assert not driver.compiled, name
         assert not any(each.by_jit for each in driver.launches), name
     driver.clear()
-    monkeypatch.setattr(launch, "MOST_CHUNKS", 1)  # as many blocks in a chunk as large models have
+    monkeypatch.setattr(tables, "MOST_CHUNKS", 1)  # as many blocks in a chunk as large models have
     other_model(3 * BLOCK)(reg, weights)
     assert {each.grid for each in driver.launches if "MODE" in each.arguments} == {(1, 1, 1)}
     assert not driver.compiled
@@ -225,7 +226,7 @@ def test_the_binary_takes_what_the_launcher_packs(driver: StubDriver) -> None:
 
 
 def test_grids(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program for each chunk of each weight, and one for the terms and one for each group."""
+    """A program for each chunk of each weight, one where it is empty, and one for the terms and one for each group."""
 
     def grids(*sizes: int, n_groups: int = 1) -> list[tuple[int, int, int]]:
         layout.forget_layouts()
@@ -237,10 +238,10 @@ def test_grids(driver: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for _ in range(2):
         assert grids(1) == [(1, 1, 1), (2, 1, 1)]
-        assert grids(BLOCK, BLOCK + 1, 0, 5) == [(4, 1, 1), (2, 1, 1)]
+        assert grids(BLOCK, BLOCK + 1, 0, 5) == [(5, 1, 1), (2, 1, 1)]
         assert grids(5, 5, 5, n_groups=3) == [(3, 1, 1), (4, 1, 1)]
-        assert grids(0, 0) == [(2, 1, 1)]
-    monkeypatch.setattr(launch, "MOST_CHUNKS", 2)
+        assert grids(0, 0) == [(2, 1, 1), (2, 1, 1)]
+    monkeypatch.setattr(tables, "MOST_CHUNKS", 2)
     assert grids(3 * BLOCK, 1) == [(3, 1, 1), (2, 1, 1)]  # of two blocks, of one, and the other weight's
 
 
@@ -292,7 +293,7 @@ def test_what_is_launched_by_the_jit_and_what_by_the_compiled_kernel(
     monkeypatch.setattr(launch, "BLOCK", 1024)
     layout.forget_layouts()
     assert jitted(single.add_grad_) == 1
-    monkeypatch.setattr(launch, "current_target", lambda: target.Target(torch.float32, 32))
+    monkeypatch.setattr(tables, "current_target", lambda: target.Target(torch.float32, 32))
     layout.forget_layouts()
     assert jitted(penalty(weights[:1]).add_grad_) == 1
     assert {each.arguments["SUM_DTYPE"].name for each in driver.launches if "MODE" in each.arguments} == {"fp32"}
@@ -330,7 +331,7 @@ def test_sums_and_partial_sums_do_not_overlap(driver: StubDriver) -> None:
 def test_the_sweep_for_sanitizers_launches_every_kernel(
     own: torch.dtype, driver: StubDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "current_target", lambda: target.Target(own, 32))
+    monkeypatch.setattr(tables, "current_target", lambda: target.Target(own, 32))
     small_sweep.sweep("cpu", "triton")
     found = {
         (a["DTYPE"].name, a["MODE"], a["SUM_DTYPE"] and a["SUM_DTYPE"].name)

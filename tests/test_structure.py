@@ -19,21 +19,27 @@ FILES = sorted([*(ROOT / "fastreg").glob("*.py"), *(ROOT / "kernels").glob("*.py
 # From top to bottom: a file imports only from lines below its own.
 LAYERS = [
     ["fastreg"],
-    ["fastreg.penalty", "fastreg.elastic_net"],
+    ["fastreg.penalty", "fastreg.elastic_net", "fastreg.optim"],
     ["fastreg.attach"],
+    ["fastreg.step_sizes"],
+    ["fastreg.penalized"],
     ["fastreg.autograd"],
     ["fastreg.selection"],
     ["fastreg.filters"],
     ["fastreg.collect"],
+    ["fastreg.steps"],
     ["fastreg.inplace", "fastreg.direct"],
     ["fastreg.sweep"],
     ["fastreg.traced", "fastreg.sharded"],
     ["fastreg.local"],
     ["fastreg.blocks", "fastreg.kernels"],
-    ["fastreg.block_ops", "fastreg.kernels.launch"],
-    ["fastreg.scratch", "fastreg.work", "fastreg.kernels.finish_kernel", "fastreg.kernels.target"],
-    ["fastreg.layout", "fastreg.kernels.sweep_kernel"],
-    ["fastreg.formulas", "fastreg.kinds"],
+    ["fastreg.block_steps", "fastreg.kernels.launch"],
+    ["fastreg.walk", "fastreg.kernels.tables"],
+    ["fastreg.block_ops", "fastreg.kernels.finish_kernel", "fastreg.kernels.target"],
+    ["fastreg.scratch", "fastreg.work", "fastreg.kernels.sweep_kernel"],
+    ["fastreg.layout", "fastreg.kernels.step_rules", "fastreg.kernels.sums"],
+    ["fastreg.rules", "fastreg.kinds"],
+    ["fastreg.formulas"],
     ["fastreg.strengths"],
     ["fastreg.device_cache", "fastreg.dtensor"],
 ]
@@ -71,9 +77,10 @@ def test_imports_point_one_way() -> None:
 
 
 def test_kernels_import_triton_alone() -> None:
-    source = (ROOT / "kernels" / "sweep_kernel.py").read_text()
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import", "from"))}
-    assert imported == {"triton"}
+    for name in ("sweep_kernel", "finish_kernel", "step_rules", "sums"):
+        source = (ROOT / "kernels" / f"{name}.py").read_text()
+        imported = {line.split()[1] for line in source.splitlines() if line.startswith(("import", "from"))}
+        assert all(module.split(".")[0] == "triton" or module.startswith("fastreg.kernels.") for module in imported)
     for file in FILES:
         if file.parent.name != "kernels":
             assert not re.search(r"^\s*(import|from) triton", file.read_text(), re.MULTILINE), file.name
@@ -151,5 +158,5 @@ def test_the_way_to_a_sweep_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     backward, backward_files, _ = calls_of(penalty.backward)
     assert forward <= 46, forward
     assert backward <= 50, backward
-    assert len(forward_files) <= 10, forward_files
-    assert len(backward_files) <= 9, backward_files
+    assert len(forward_files) <= 11, forward_files
+    assert len(backward_files) <= 10, backward_files

@@ -12,7 +12,7 @@ from fastreg import layout
 from tests import oracle
 from tests.helpers import Path, bits, naming
 
-launch = pytest.importorskip("fastreg.kernels.launch")
+tables = pytest.importorskip("fastreg.kernels.tables")
 target = pytest.importorskip("fastreg.kernels.target")
 
 LENGTHS = (1, 129, 2048, 2 * 2048 + 5)
@@ -28,7 +28,7 @@ def sum_dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     def chosen() -> object:
         return own()._replace(sum_dtype=request.param)
 
-    monkeypatch.setattr(launch, "current_target", chosen)
+    monkeypatch.setattr(tables, "current_target", chosen)
     layout.forget_layouts()
     return request.param  # type: ignore[no-any-return]
 
@@ -96,7 +96,7 @@ def test_values_of_weights_of_every_size(kernels: Path, sum_dtype: torch.dtype, 
 
 def test_long_sums_lose_nothing(kernels: Path, sum_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for many blocks: roundings of a running float32 would add up, those of equal numbers all one way."""
-    monkeypatch.setattr(launch, "MOST_CHUNKS", 1)
+    monkeypatch.setattr(tables, "MOST_CHUNKS", 1)
     layout.forget_layouts()
     n = 24 * 2048 + 77
     rng = np.random.default_rng(2)
@@ -158,7 +158,7 @@ def test_blocks_beyond_the_range_are_updated_once(kernels: Path, sum_dtype: torc
         shrunk = expected["prox"](w, 0.5, 0.25, 0.1)
         reg = fastreg.ElasticNet([w], 0.5, 0.25, impl="triton")
         optimizer = torch.optim.SGD([w], lr=0.1)
-        reg.attach(optimizer, mode="prox")
+        reg.attach(optimizer, mode="prox", metric="lr")
         w.grad = None
         optimizer.step()
         assert oracle.ulp_distance(w, shrunk) <= 3.0 + slack
@@ -200,7 +200,7 @@ def test_many_groups_of_many_dtypes(kernels: Path, sum_dtype: torch.dtype) -> No
 
 def test_chunks_by_group() -> None:
     groups = [torch.tensor(g) for g in ([2, 0, 2], [1, 1, 0, 2, 2])]
-    table = launch._sorted_by_group(groups, 4).tolist()
+    table = tables.sorted_by_group(groups, 4).tolist()
     first, order, sorted_groups = table[:5], table[5:13], table[13:]
     assert first == [0, 2, 4, 8, 8]
     assert order == [1, 5, 3, 4, 0, 2, 6, 7]

@@ -36,7 +36,7 @@ def attached(mode: Any, maker: Maker = plain, device: str = "cpu") -> tuple[nn.S
     model = net(device)
     optimizer = maker(model.parameters())
     reg = ElasticNet(model, L1, L2)
-    reg.attach(optimizer, mode)
+    reg.attach(optimizer, mode, metric="lr" if mode == "prox" else None)  # as `shrink` does
     return model, optimizer, reg
 
 

@@ -1,0 +1,222 @@
+"""What the optimizers of `fastreg.optim` share: their options, their state, and the way from `step` to the sweep."""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastreg.collect import check_keys, collect
+from fastreg.dtensor import any_dtensor
+from fastreg.formulas import Mode, Penalty
+from fastreg.kinds import check_kinds, warn_user
+from fastreg.rules import Settings, Update
+from fastreg.selection import Impl, check_impl
+from fastreg.steps import StepWork, apply_steps
+from fastreg.strengths import Strength, Strengths, check_strength, per_group
+from fastreg.work import Work
+
+
+class Kind(NamedTuple):
+    """Parameters that make the same kind of step, in the order of the param groups."""
+
+    mode: Mode
+    names: list[str]
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    rows: list[tuple[int, bool]]  # of each strength group: the param group, and whether it is a first step
+    row_of: list[int]  # of each parameter: its strength group
+
+
+class Plan(NamedTuple):
+    """What was found of the parameters that have gradients, for as long as these and their states are the same."""
+
+    params: list[Tensor]  # all
+    has_grad: list[bool]
+    options: list[Any]  # of each group, what decides the mode
+    states: list[dict[str, Any]]  # all there are
+    kinds: list[Kind]
+
+
+class Penalized(Optimizer):
+    """A mixin before one of torch.optim's classes."""
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves the division and the check for infinities to the step
+    _plan: Plan | None = None
+    _track = False
+    _impl: Impl = None
+    # The penalty of the weights before the last step, if it is tracked: of those that had gradients.
+    last: Penalty | None = None
+
+    def _penalize(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
+        """To be called when torch.optim's constructor is done."""
+        check_impl(impl)
+        if not isinstance(track, bool):
+            raise TypeError(f"track must be True or False, got {track!r}")
+        self._track, self._impl = track, impl
+        self.defaults.update(
+            l1=check_strength(l1, "l1"), l2=check_strength(l2, "l2"), prox=prox, fused=True, foreach=None
+        )
+        for i, group in enumerate(self.param_groups):
+            self._complete(group, i)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim's; l1, l2 and prox are options of a group as lr is."""
+        n = len(self.param_groups)
+        if isinstance(param_group, dict):
+            check_keys(param_group, n)
+        super().add_param_group(param_group)
+        if "l1" in self.defaults:
+            try:
+                self._complete(self.param_groups[n], n)
+            except (TypeError, ValueError):
+                del self.param_groups[n]
+                raise
+
+    def _complete(self, group: dict[str, Any], number: int) -> None:
+        for name in ("l1", "l2", "prox"):
+            group.setdefault(name, self.defaults[name])
+        # There is one implementation. A checkpoint then says where torch.optim's class has to look for the steps.
+        group["fused"], group["foreach"] = True, None
+        self._settings(group, number, is_first=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_track": self._track, "_impl": self._impl}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        lost = [g for g in before if g["l1"] != 0 or g["l2"] != 0]
+        if lost and not any("l1" in group for group in self.param_groups):
+            warn_user(
+                "the loaded state has no l1 and l2, as one of torch.optim's class; all groups now have l1=0, l2=0: "
+                'assign group["l1"] and group["l2"] of optimizer.param_groups anew'
+            )
+        self._plan = None
+        for group in self.param_groups:
+            group.setdefault("l1", 0.0)
+            group.setdefault("l2", 0.0)
+            group.setdefault("prox", False)
+            group["fused"], group["foreach"] = True, None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step, with the penalty in it. `closure` is called before it, and its result returned.
+
+        Raises RuntimeError for sparse gradients, TypeError for gradients or states that are not like their weights and
+        ValueError for options that do not make sense, before anything is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        works = [self._work_of(kind) for kind in self._kinds()]
+        found = apply_steps(works, with_value=self._track) if works else []
+        if self._track:
+            penalties = [each.penalty for each in found if each is not None]
+            if penalties:
+                columns = [[x.to(penalties[0].total.device) for x in column] for column in zip(*penalties, strict=True)]
+                self.last = Penalty(
+                    *(column[0] if len(column) == 1 else torch.stack(column).sum() for column in columns)
+                )
+        return loss
+
+    def _kinds(self) -> list[Kind]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        has_grad = [p.grad is not None for p in params]
+        options = [(len(group["params"]), self._mode(group)) for group in self.param_groups]
+        plan = self._plan
+        if (
+            plan is None
+            or torch.compiler.is_compiling()
+            or has_grad != plan.has_grad
+            or options != plan.options
+            or not all(map(operator.is_, params, plan.params))
+            or len(self.state) != len(plan.states)
+            or not all(map(operator.is_, self.state.values(), plan.states))
+        ):
+            kinds, has_first = self._new_kinds()
+            # After a first step other settings hold.
+            plan = Plan(params, has_grad, options, list(self.state.values()), kinds)
+            self._plan = None if has_first or torch.compiler.is_compiling() else plan
+        return plan.kinds
+
+    def _new_kinds(self) -> tuple[list[Kind], bool]:
+        """The parameters that have gradients, with states, new where there were none; whether any step is a first."""
+        found, _, _ = collect(self.param_groups)
+        stepped = [c for c in found if c.tensor.grad is not None]
+        check_kinds([c.name for c in stepped], [c.tensor for c in stepped])
+        kinds: dict[Mode, Kind] = {}
+        for name, p, number in stepped:
+            mode = self._mode(self.param_groups[number])
+            kind = kinds.setdefault(mode, Kind(mode, [], [], [], [], []))
+            # What has no names for states keeps none.
+            state: dict[str, Any] = self.state[p] if self._state_names(mode) else {}
+            row = number, self._fill(state, p, mode)
+            if row not in kind.rows:
+                kind.rows.append(row)
+            kind.names.append(name)
+            kind.params.append(p)
+            kind.states.append(state)
+            kind.row_of.append(kind.rows.index(row))
+        return list(kinds.values()), any(is_first for kind in kinds.values() for _, is_first in kind.rows)
+
+    def _work_of(self, kind: Kind) -> StepWork:
+        groups = [self.param_groups[i] for i, _ in kind.rows]
+        settings = [self._settings(group, i, is_first) for group, (i, is_first) in zip(groups, kind.rows, strict=True)]
+        strengths = Strengths(0.0, 0.0)
+        if self._track:
+            l1, l2 = ([check_strength(group[name], name) for group in groups] for name in ("l1", "l2"))
+            device = kind.params[0].device
+            strengths = Strengths(per_group(l1, device, "l1"), per_group(l2, device, "l2"))
+        work = Work(kind.names, kind.params, kind.row_of, len(groups), strengths, self._impl, any_dtensor(kind.params))
+        of_names = {name: [state[name] for state in kind.states] for name in self._state_names(kind.mode)}
+        steps = of_names.pop("step", None)
+        first, second, third = (*of_names.values(), None, None, None)[:3]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grads: list[Any] = [p.grad for p in kind.params]
+        return StepWork(work, kind.mode, grads, Update(settings, (first, second, third), steps, scale, found_inf))
+
+    def _fill(self, state: dict[str, Any], p: Tensor, mode: Mode) -> bool:
+        """Puts into `state` what is not there yet, as torch.optim's fused form does. Returns whether that was all."""
+        names = self._state_names(mode)
+        is_first = bool(names) and names[-1] not in state
+        with torch.inference_mode(False):
+            for name in names:
+                if name != "step":
+                    if state.get(name) is None:
+                        state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    continue
+                step = state.get(name, 0.0)
+                if not (isinstance(step, Tensor) and step.device == p.device and step.dtype == torch.float32):
+                    state[name] = torch.as_tensor(step, dtype=torch.float32).to(p.device, copy=True)
+        return is_first
+
+    # What differs from one optimizer to another.
+
+    def _mode(self, group: dict[str, Any]) -> Mode:
+        raise NotImplementedError
+
+    def _state_names(self, mode: Mode) -> tuple[str, ...]:
+        """The names in the state, in the order in which a sweep has them."""
+        raise NotImplementedError
+
+    def _settings(self, group: dict[str, Any], number: int, is_first: bool) -> Settings:
+        """The numbers of a group as they are now; raises TypeError or ValueError for those that make no sense."""
+        raise NotImplementedError
+
+
+def strengths_of(
+    group: dict[str, Any], number: int, factor: float = 1.0
+) -> tuple[Strength, Strength, Strength, Strength]:
+    """l1 and l2 for the gradient, and times `factor` for the proximal step: one pair of both is 0."""
+    if group.get("maximize"):
+        raise ValueError("maximize=True would reward the penalty; minimize -loss instead")
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: the step is one operation without a derivative")
+    l1, l2 = (check_strength(group[name], f"{name} of param group {number}") for name in ("l1", "l2"))
+    if not isinstance(group["prox"], bool):
+        raise TypeError(f"prox of param group {number} must be True or False, got {group['prox']!r}")
+    return (0.0, 0.0, l1 * factor, l2 * factor) if group["prox"] else (l1, l2, 0.0, 0.0)

@@ -1,0 +1,140 @@
+"""One step of SGD, Adam or AdamW with a penalty in it, as plain PyTorch expressions: the reference for all others.
+
+The steps are those of torch.optim. A penalty goes in as a gradient, before everything else, or as a proximal step of
+size t after everything else, where t is the step per unit of gradient once the gradient has settled (fastreg.optim).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg.formulas import Mode, compute_dtype, gradient, prox
+from fastreg.strengths import Strength, accumulate_dtype
+
+
+class Settings(NamedTuple):
+    """The numbers of a strength group: floats, or 0-dim tensors where users have some. Kernels go by their places."""
+
+    lr: Any
+    weight_decay: Any = 0.0
+    is_decoupled: float = 0.0  # whether weight decay is AdamW's
+    l1: Any = 0.0  # of these two the gradient is added to that of the data
+    l2: Any = 0.0
+    prox_l1: Any = 0.0  # and by these the weights are shrunk after the step, times lr, or Adam's elementwise t
+    prox_l2: Any = 0.0
+    first: Any = 0.0  # momentum, or beta1
+    second: Any = 0.0  # dampening, or beta2
+    third: Any = 0.0  # whether momentum is Nesterov's, or eps
+    step: float = 0.0  # in ADAM_PROX: how many steps were made, to which the counter is added if there is one
+
+
+class Update(NamedTuple):
+    """What an optimizer brings to a sweep: settings for each strength group, and tensors for each weight."""
+
+    settings: Sequence[Settings]
+    # Momentum buffers or first moments, second moments, the largest of those; None where the mode has none.
+    states: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None, Sequence[Tensor] | None] = (None, None, None)
+    steps: Sequence[Tensor] | None = None  # 0-dim float32, counted up by the sweep unless it is ADAM_PROX
+    grad_scale: Tensor | None = None  # what the gradients were multiplied with
+    found_inf: Tensor | None = None  # where this is not 0, nothing is changed
+
+    def mapped(self, f: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> "Update":
+        """The same with `f` of each list of states."""
+        first, second, third = (None if state is None else f(state) for state in self.states)
+        return self._replace(states=(first, second, third))
+
+    def tensors(self) -> list[Tensor]:
+        """All states, one list after the other."""
+        return [t for state in self.states if state is not None for t in state]
+
+
+STEPS = (Mode.SGD, Mode.MOMENTUM, Mode.ADAM, Mode.AMSGRAD)
+
+
+def momentum_factor(momentum: float, dampening: float, nesterov: bool) -> float:
+    """How much further than lr a step of SGD goes per unit of a gradient that has settled.
+
+    A buffer b = m * b + (1 - d) * g ends at g * (1 - d) / (1 - m); Nesterov's step is g + m * b. ValueError for m >= 1.
+    """
+    if momentum == 0:
+        return 1.0
+    if not momentum < 1:
+        raise ValueError(f"with momentum={momentum} steps grow without end: a proximal step needs momentum < 1")
+    settled = (1 - dampening) / (1 - momentum)
+    return 1 + momentum * settled if nesterov else settled
+
+
+def take_steps(
+    mode: Mode, weights: Sequence[Tensor], grads: Sequence[Tensor] | None, groups: Iterable[int], update: Update
+) -> None:
+    """Does to the weights, states and counters what `mode` says, weight by weight."""
+    for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
+        s = update.settings[group]
+        wide = compute_dtype(w.dtype)
+        states = [None if state is None else state[i] for state in update.states]
+        first, second, third = (None if state is None else state.to(wide) for state in states)
+        step = update.steps[i] if update.steps is not None else None
+        new_step = None
+        if mode is Mode.ADAM_PROX:
+            assert second is not None
+            made = s.step if step is None else s.step + step
+            found = [_prox_of_adam(w.to(wide), second, made, s), None, None, None]
+        else:
+            assert grads is not None
+            grad = grads[i].to(wide) if update.grad_scale is None else grads[i].to(wide) / update.grad_scale
+            grad = grad + gradient(w.to(wide), s.l1, s.l2)
+            if first is None or second is None:
+                found = [*_sgd(w.to(wide), grad, first, s), None, None]
+            else:
+                assert step is not None
+                new_step = step + 1
+                found = list(_adam(w.to(wide), grad, first, second, third, new_step, s))
+        for old, new in zip([w, *states, step], [*found, new_step], strict=True):
+            if old is not None and new is not None:
+                new = new.to(old.dtype)
+                # Nothing that comes of infinite gradients may stay.
+                old.copy_(new if update.found_inf is None else torch.where(update.found_inf == 0, new, old))
+
+
+def _sgd(w: Tensor, grad: Tensor, buffer: Tensor | None, s: Settings) -> tuple[Tensor, Tensor | None]:
+    """torch.optim.SGD; a first step has a buffer of zeros and no dampening."""
+    grad = grad + w * s.weight_decay
+    if buffer is not None:
+        buffer = s.first * buffer + (1 - s.second) * grad
+        grad = grad + s.first * buffer if s.third else buffer
+    w = w - s.lr * grad
+    return _shrunk(w, s.lr * s.prox_l1, s.lr * s.prox_l2, s), buffer
+
+
+def _adam(
+    w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: Tensor, s: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """torch.optim.Adam and AdamW."""
+    grad = grad + w * (s.weight_decay * (1 - s.is_decoupled))
+    w = w * (1 - s.lr * s.weight_decay * s.is_decoupled)
+    # The one of the two that weighs more is not rounded.
+    mean = mean + (1 - s.first) * (grad - mean) if s.first > 0.5 else grad - s.first * (grad - mean)
+    square = s.second * square + (1 - s.second) * grad * grad
+    largest = None if largest is None else torch.maximum(largest, square)
+    used = square if largest is None else largest
+    step = step.to(accumulate_dtype(w.device))
+    w = w - s.lr / (1 - s.first**step) * mean / _denominator(used, step, s)
+    return _prox_of_adam(w, used, step, s), mean, square, largest
+
+
+def _denominator(square: Tensor, step: Tensor | float, s: Settings) -> Tensor:
+    denominator: Tensor = square.sqrt() / (1 - s.second**step) ** 0.5 + s.third
+    return denominator
+
+
+def _prox_of_adam(w: Tensor, square: Tensor, step: Tensor | float, s: Settings) -> Tensor:
+    """By t = lr / (sqrt(v / (1 - beta2^step)) + eps), elementwise."""
+    t = s.lr / _denominator(square, step, s)
+    return _shrunk(w, t * s.prox_l1, t * s.prox_l2, s)
+
+
+def _shrunk(w: Tensor, l1: Strength, l2: Strength, s: Settings) -> Tensor:
+    nothing = not isinstance(s.prox_l1, Tensor) and not isinstance(s.prox_l2, Tensor) and s.prox_l1 == s.prox_l2 == 0
+    return w if nothing else prox(w, l1, l2)

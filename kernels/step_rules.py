@@ -1,0 +1,148 @@
+"""What the sweep's kernel does to elements: the penalty's gradient, its proximal step, and whole steps of optimizers.
+
+Imports nothing but Triton. `fastreg.rules` states the steps; here they are in float32 or float64, with the numbers that
+are the same for all elements formed once per program, in float64.
+"""
+
+import triton
+import triton.language as tl
+
+# Columns of the settings, as `fastreg.rules.Settings` has them.
+LR, WEIGHT_DECAY, IS_DECOUPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+GRAD_L1, GRAD_L2, PROX_L1, PROX_L2 = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+FIRST, SECOND, THIRD, STEP = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
+SETTINGS_COLUMNS = tl.constexpr(11)
+
+
+@triton.constexpr_function
+def _is_step(mode):
+    """Whether `mode` is a whole step of an optimizer."""
+    return mode in ("sgd", "momentum", "adam", "amsgrad")
+
+
+@triton.constexpr_function
+def _has_grad(mode):
+    """Whether there are gradients beside the weights."""
+    return mode in ("gradient", "rescale", "accumulate", "sgd", "momentum", "adam", "amsgrad")
+
+
+@triton.constexpr_function
+def _has_state(mode, number):
+    """Whether `mode` has the momentum buffer or first moment (1), the second moment (2), the largest of those (3)."""
+    return number in {"momentum": (1,), "adam": (1, 2), "amsgrad": (1, 2, 3), "adam_prox": (2,)}.get(mode, ())
+
+
+@triton.jit
+def _gradient(w, l1, slope):
+    """l1 * sign(w) + slope * w, where slope is 2 * l2, with one rounding; sign(±0) = 0, and NaN comes by the slope."""
+    signed_l1 = tl.where(w > 0, l1, tl.where(w < 0, -l1, 0.0))
+    return tl.fma(w, slope, signed_l1)
+
+
+@triton.jit
+def _prox(w, l1, shrinkage):
+    """sign(w) * max(|w| - l1, 0) * shrinkage, for an l1 that carries the step size."""
+    magnitude = tl.abs(w)
+    # Compared this way round, NaN takes the arithmetic branch and survives.
+    shrunk = tl.where(magnitude <= l1, 0.0, (magnitude - l1) * shrinkage)
+    return tl.where(w < 0, -shrunk, shrunk)
+
+
+@triton.jit
+def _quotient(a, b):
+    """a / b, rounded once: of float32 numbers Triton's own division is not."""
+    return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
+
+
+@triton.jit
+def _root(x):
+    """The square root of x, rounded once."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent of float64 and a whole number from 0 on, by squaring."""
+    result = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        result = tl.where((exponent & 1) != 0, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """What a step needs of the settings at `row`, in two tuples: what all optimizers have, and their own numbers."""
+    lr = lr * tl.load(row + LR)
+    decay = tl.load(row + WEIGHT_DECAY)
+    is_decoupled = tl.load(row + IS_DECOUPLED)
+    prox_l1, prox_slope = lr * tl.load(row + PROX_L1), 2 * lr * tl.load(row + PROX_L2)
+    shrinks = (prox_l1 != 0) | (prox_slope != 0)
+    first, second, third = tl.load(row + FIRST), tl.load(row + SECOND), tl.load(row + THIRD)
+    if MODE == "sgd" or MODE == "momentum":
+        # momentum, 1 - dampening, whether it is Nesterov's
+        own = (lr.to(COMPUTE), first.to(COMPUTE), (1 - second).to(COMPUTE), third != 0)
+        prox_slope = 1 / (1 + prox_slope)
+    else:
+        # step size, 1 - beta1, beta2, 1 - beta2, factor on the root of the second moment, eps
+        size = lr / (1 - _power(first, step))
+        root = 1 / tl.sqrt(1 - _power(second, step))
+        moments = ((1 - first).to(COMPUTE), second.to(COMPUTE), (1 - second).to(COMPUTE))
+        own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), third.to(COMPUTE))
+    common = (
+        (1 / grad_scale).to(COMPUTE),
+        tl.load(row + GRAD_L1).to(COMPUTE),
+        (2 * tl.load(row + GRAD_L2)).to(COMPUTE),
+        (decay * (1 - is_decoupled)).to(COMPUTE),
+        (1 - lr * decay * is_decoupled).to(COMPUTE),
+        shrinks,
+        prox_l1.to(COMPUTE),
+        prox_slope.to(COMPUTE),
+    )
+    return common, own
+
+
+@triton.jit
+def _prox_by(w, square, prox_l1, prox_slope, root, eps):
+    """The proximal step of size lr / (root * sqrt(square) + eps), for strengths that carry lr."""
+    denominator = _root(square) * root + eps
+    zeros = tl.zeros_like(w)
+    shrinkage = _quotient(zeros + 1.0, _quotient(zeros + prox_slope, denominator) + 1.0)
+    return _prox(w, _quotient(zeros + prox_l1, denominator), shrinkage)
+
+
+@triton.jit
+def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr):
+    """The weights and up to three states after a step: the momentum buffer, or the moments and the largest second one.
+
+    `grad` is that of the data; what the optimizer does not have comes back as it was.
+    """
+    inverse_scale, l1, slope, decay, kept, shrinks, prox_l1, prox_slope = common
+    if MODE == "adam_prox":
+        return _prox_by(w, second, prox_l1, prox_slope, own[4], own[5]), first, second, third
+    grad = grad * inverse_scale + _gradient(w, l1, slope)
+    grad += decay * w
+    w *= kept
+    if MODE == "sgd" or MODE == "momentum":
+        lr, momentum, undamped, is_nesterov = own
+        if MODE == "momentum":
+            first = momentum * first + undamped * grad
+            grad = tl.where(is_nesterov, grad + momentum * first, first)
+        w -= lr * grad
+        if shrinks:
+            w = _prox(w, prox_l1, prox_slope)
+    else:
+        size, new1, beta2, new2, root, eps = own
+        # As torch.lerp has it: the larger part is not rounded.
+        change = grad - first
+        first = tl.where(new1 < 0.5, first + new1 * change, grad - (1 - new1) * change)
+        second = beta2 * second + new2 * grad * grad
+        used = second
+        if MODE == "amsgrad":
+            third = tl.where(third >= second, third, second)  # NaN is not below anything
+            used = third
+        w -= _quotient(size * first, _root(used) * root + eps)
+        if shrinks:
+            w = _prox_by(w, used, prox_l1, prox_slope, root, eps)
+    return w, first, second, third

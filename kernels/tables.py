@@ -1,0 +1,165 @@
+"""What kernels read from device memory: tables of addresses, of settings, and counters; made once, and kept."""
+
+import array
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg.device_cache import DeviceCache, to_device
+from fastreg.kernels.target import Target, current_target
+from fastreg.layout import Part
+from fastreg.rules import Settings, Update
+from fastreg.strengths import constant
+
+# Elements that one Triton program reads at a time: 16 per thread of four warps.
+BLOCK = 2048
+# About what the largest GPUs hold at a time; beyond that, chunks grow instead.
+MOST_CHUNKS = 2048
+MOST_BLOCKS_PER_CHUNK = 32
+
+_VERSION = operator.attrgetter("_version")
+
+
+class Tables(NamedTuple):
+    """Device memory that the kernels read; see `_sweep_kernel` for the layout."""
+
+    chunks: Tensor  # int64 [n_chunks, TABLE_COLUMNS]
+    n_chunks: int
+
+
+class PointerTables:
+    """The tables of one part, built at their first use and kept on its device."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self.cache = DeviceCache(part.device, size=2)
+        self._of_gradients = DeviceCache(part.device, size=8)
+        self._of_states = DeviceCache(part.device, size=2)
+        self._counters = DeviceCache(part.device, size=1)
+        # Where gradients were at the last call, their offsets, and these as a key; one value, for the sake of threads.
+        self._last_gradients: tuple[list[int], array.array[int], bytes] = [], array.array("q"), b""
+        self._last_states: tuple[list[int], object] = [], None
+        # Where step counters are and how often they were changed, after the last step that was counted here, and a key.
+        self._counted: tuple[list[int], list[int], object] = [], [], None
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """Asked for while the part's device is the current one."""
+        return current_target()
+
+    def of_weights(self) -> Tables:
+        """Where the chunks that the weights are cut into are, and how large."""
+        return self.cache.get("weights", self._build)
+
+    def of_gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """The table and the distance that `_sweep_kernel` finds gradients by; the table outlives a common move."""
+        part = self._part
+        own = grads if len(part.positions) == len(grads) else map(grads.__getitem__, part.positions)
+        addresses = list(map(Tensor.data_ptr, own))
+        base = addresses[0]
+        last, offsets, key = self._last_gradients
+        if addresses != last:
+            offsets = array.array("q", map(operator.sub, addresses, itertools.repeat(base)))
+            key = offsets.tobytes()
+            self._last_gradients = addresses, offsets, key
+        first_weight = part.addresses[0]
+
+        def build() -> Tensor:
+            own_offsets = map(operator.sub, part.addresses, itertools.repeat(first_weight))
+            return to_device(_int64(array.array("q", map(operator.sub, offsets, own_offsets))), part.device)
+
+        return self._of_gradients.get(key, build), base - first_weight
+
+    def of_states(self, update: Update) -> Tensor:
+        """The states' distances from their weights, and the addresses of the step counters."""
+        part = self._part
+        columns = [[0] * len(part.positions)] * 4
+        for i, tensors in enumerate([*update.states, update.steps]):
+            if tensors is not None:
+                columns[i] = [tensors[position].data_ptr() for position in part.positions]
+        places = list(itertools.chain.from_iterable(columns))
+        if places != self._last_states[0]:
+            self._last_states = places, object()
+
+        def build() -> Tensor:
+            table = _int64(array.array("q", places)).view(4, -1).clone()
+            weights = _int64(array.array("q", part.addresses))
+            for column, tensors in zip(table, update.states, strict=False):
+                if tensors is not None:
+                    column -= weights
+            return to_device(table.T.contiguous(), part.device)
+
+        return self._of_states.get(self._last_states[1], build)
+
+    def counters(self, steps: Sequence[Tensor]) -> Tensor:
+        """How many steps each chunk has seen: kept, unless somebody else has changed what the optimizer counts.
+
+        To be called once per step, which the kernel then counts in both.
+        """
+        own = [steps[position] for position in self._part.positions]
+        addresses, versions = list(map(Tensor.data_ptr, own)), list(map(_VERSION, own))
+        last_addresses, last_versions, key = self._counted
+        if addresses != last_addresses or versions != last_versions:
+            key = object()
+
+        def build() -> Tensor:
+            tensor_of_chunk = self.of_weights().chunks[:, 3]
+            return torch.stack(own).to(self._part.device, torch.float32)[tensor_of_chunk]
+
+        found = self._counters.get(key, build)
+        torch.autograd.graph.increment_version(own)
+        self._counted = addresses, list(map(_VERSION, own)), key
+        return found
+
+    def _build(self) -> Tables:
+        """With a fixed number of tensor operations: what has a row per chunk is made on the device."""
+        part = self._part
+        blocks_per_chunk = min(max(-(-sum(part.numels) // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
+        chunk_size = blocks_per_chunk * BLOCK
+        # One for a tensor without elements, too: its steps are counted.
+        n_chunks = [max(-(-numel // chunk_size), 1) for numel in part.numels]
+        first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
+        rows = zip(part.addresses, part.numels, part.groups, range(len(n_chunks)), first_chunks, n_chunks, strict=True)
+        numbers = array.array("q", itertools.chain.from_iterable(rows))
+        tensors = to_device(_int64(numbers).view(-1, 6), part.device)
+        chunks = torch.repeat_interleave(tensors, tensors[:, 5], dim=0, output_size=sum(n_chunks))
+        start = (torch.arange(len(chunks), device=part.device) - chunks[:, 4]) * chunk_size
+        chunks[:, 0] += start * part.dtype.itemsize
+        chunks[:, 1] = (chunks[:, 1] - start).clamp(max=chunk_size)
+        return Tables(chunks[:, :4].contiguous(), len(chunks))
+
+
+def sorted_by_group(groups: Sequence[Tensor], n_groups: int) -> Tensor:
+    """What `_finish_kernel` finds the chunks of a group by, from the groups of each part's chunks."""
+    group, order = torch.cat(list(groups)).sort(stable=True)
+    first = torch.searchsorted(group, torch.arange(n_groups + 1, device=group.device))
+    return torch.cat([first, order, group]).int()
+
+
+def _int64(numbers: "array.array[int]") -> Tensor:
+    """A view of `numbers`. Faster than torch.tensor(), which counts where gradients move at every step."""
+    return torch.frombuffer(numbers, dtype=torch.int64)
+
+
+def settings_table(settings: Sequence[Settings], device: torch.device) -> tuple[Tensor, float]:
+    """float64 [n_groups, SETTINGS_COLUMNS], and a factor on their lr: a schedule of one lr for all changes no table."""
+    lrs = {s.lr for s in settings if not isinstance(s.lr, Tensor)}
+    factor = 1.0
+    if len(lrs) == 1 and not any(isinstance(s.lr, Tensor) for s in settings):
+        factor = float(lrs.pop())
+        settings = [s._replace(lr=1.0) for s in settings]
+    numbers = list(itertools.chain.from_iterable(settings))
+    in_memory = [i for i, number in enumerate(numbers) if isinstance(number, Tensor)]
+    floats = tuple(0.0 if isinstance(number, Tensor) else float(number) for number in numbers)
+    table = constant(floats, device)
+    if in_memory:
+        table = table.clone()
+        torch._foreach_copy_(
+            [table[i] for i in in_memory], [torch.as_tensor(numbers[i]).reshape(()) for i in in_memory]
+        )
+    return table, factor
