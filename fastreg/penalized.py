@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastreg.collect import check_keys, collect
+from fastreg.collect import check_keys
 from fastreg.dtensor import any_dtensor
 from fastreg.formulas import Mode, Penalty
 from fastreg.kinds import check_kinds, warn_user
@@ -47,20 +47,24 @@ class Penalized(Optimizer):
     _plan: Plan | None = None
     _track = False
     _impl: Impl = None
-    # The penalty of the weights before the last step, if it is tracked: of those that had gradients.
-    last: Penalty | None = None
+    _tracked: list[Penalty | None]  # the last one, in a list: compiled code cannot set attributes of an optimizer
 
     def _penalize(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
         """To be called when torch.optim's constructor is done."""
         check_impl(impl)
         if not isinstance(track, bool):
             raise TypeError(f"track must be True or False, got {track!r}")
-        self._track, self._impl = track, impl
+        self._track, self._impl, self._tracked = track, impl, [None]
         self.defaults.update(
             l1=check_strength(l1, "l1"), l2=check_strength(l2, "l2"), prox=prox, fused=True, foreach=None
         )
         for i, group in enumerate(self.param_groups):
             self._complete(group, i)
+
+    @property
+    def last(self) -> Penalty | None:
+        """The penalty of the weights before the last step, of those that had gradients; None unless it is tracked."""
+        return self._tracked[0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; l1, l2 and prox are options of a group as lr is."""
@@ -82,19 +86,22 @@ class Penalized(Optimizer):
         group["fused"], group["foreach"] = True, None
         self._settings(group, number, is_first=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_track": self._track, "_impl": self._impl}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        before = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
-        lost = [g for g in before if g["l1"] != 0 or g["l2"] != 0]
-        if lost and not any("l1" in group for group in self.param_groups):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's. Groups of a state without l1, l2 and prox get l1=0, l2=0 and prox=False, with a warning."""
+        had = any(isinstance(g[name], Tensor) or g[name] != 0 for g in self.param_groups for name in ("l1", "l2"))
+        super().load_state_dict(state_dict)
+        if had and not any("l1" in group for group in state_dict["param_groups"]):
             warn_user(
                 "the loaded state has no l1 and l2, as one of torch.optim's class; all groups now have l1=0, l2=0: "
                 'assign group["l1"] and group["l2"] of optimizer.param_groups anew'
             )
-        self._plan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_track": self._track, "_impl": self._impl}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._tracked = None, [None]
         for group in self.param_groups:
             group.setdefault("l1", 0.0)
             group.setdefault("l2", 0.0)
@@ -118,7 +125,7 @@ class Penalized(Optimizer):
             penalties = [each.penalty for each in found if each is not None]
             if penalties:
                 columns = [[x.to(penalties[0].total.device) for x in column] for column in zip(*penalties, strict=True)]
-                self.last = Penalty(
+                self._tracked[0] = Penalty(
                     *(column[0] if len(column) == 1 else torch.stack(column).sum() for column in columns)
                 )
         return loss
@@ -145,9 +152,13 @@ class Penalized(Optimizer):
 
     def _new_kinds(self) -> tuple[list[Kind], bool]:
         """The parameters that have gradients, with states, new where there were none; whether any step is a first."""
-        found, _, _ = collect(self.param_groups)
-        stepped = [c for c in found if c.tensor.grad is not None]
-        check_kinds([c.name for c in stepped], [c.tensor for c in stepped])
+        stepped = [
+            (group["param_names"][i] if "param_names" in group else f"groups[{number}].params[{i}]", p, number)
+            for number, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        check_kinds([name for name, _, _ in stepped], [p for _, p, _ in stepped])
         kinds: dict[Mode, Kind] = {}
         for name, p, number in stepped:
             mode = self._mode(self.param_groups[number])
