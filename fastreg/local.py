@@ -78,8 +78,9 @@ def local_sweep(
             measures.append(backend(parts, mode, here, staged, scale_here, dtype, with_terms, staged_update))
     if dense is not work and (mode is Mode.PROX or update is not None):
         _copy_back(dense.weights, work.weights)
-    if update is not None and staged_update is not None and mode is not Mode.ADAM_PROX:
-        _copy_back(staged_update.tensors(), update.tensors())
+    if update is not None and staged_update is not None and staged_update is not update:
+        if mode is not Mode.ADAM_PROX:
+            _copy_back(staged_update.tensors(), update.tensors())
     elif update is None and staged is not None and grads is not None and staged is not grads:
         _copy_back(staged, grads)
     if dtype is None or len(measures) == 1:

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
     states: list[dict[str, Any]]
     rows: list[tuple[int, bool]]  # of each strength group: the param group, and whether it is a first step
     row_of: list[int]  # of each parameter: its strength group
+    is_sharded: bool
 
 
 class Plan(NamedTuple):
@@ -119,7 +120,7 @@ class Penalized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        works = [self._work_of(kind) for kind in self._kinds()]
+        works = self._works()
         found = apply_steps(works, with_value=self._track) if works else []
         if self._track:
             penalties = [each.penalty for each in found if each is not None]
@@ -130,9 +131,10 @@ class Penalized(Optimizer):
                 )
         return loss
 
-    def _kinds(self) -> list[Kind]:
+    def _works(self) -> list[StepWork]:
         params = [p for group in self.param_groups for p in group["params"]]
-        has_grad = [p.grad is not None for p in params]
+        grads = [p.grad for p in params]
+        has_grad = [grad is not None for grad in grads]
         options = [(len(group["params"]), self._mode(group)) for group in self.param_groups]
         plan = self._plan
         if (
@@ -148,7 +150,9 @@ class Penalized(Optimizer):
             # After a first step other settings hold.
             plan = Plan(params, has_grad, options, list(self.state.values()), kinds)
             self._plan = None if has_first or torch.compiler.is_compiling() else plan
-        return plan.kinds
+        if len(plan.kinds) == 1 and all(has_grad):
+            return [self._work_of(plan.kinds[0], grads)]
+        return [self._work_of(kind, [p.grad for p in kind.params]) for kind in plan.kinds]
 
     def _new_kinds(self) -> tuple[list[Kind], bool]:
         """The parameters that have gradients, with states, new where there were none; whether any step is a first."""
@@ -160,9 +164,10 @@ class Penalized(Optimizer):
         ]
         check_kinds([name for name, _, _ in stepped], [p for _, p, _ in stepped])
         kinds: dict[Mode, Kind] = {}
+        is_sharded = any_dtensor([p for _, p, _ in stepped])
         for name, p, number in stepped:
             mode = self._mode(self.param_groups[number])
-            kind = kinds.setdefault(mode, Kind(mode, [], [], [], [], []))
+            kind = kinds.setdefault(mode, Kind(mode, [], [], [], [], [], is_sharded))
             # What has no names for states keeps none.
             state: dict[str, Any] = self.state[p] if self._state_names(mode) else {}
             row = number, self._fill(state, p, mode)
@@ -174,7 +179,7 @@ class Penalized(Optimizer):
             kind.row_of.append(kind.rows.index(row))
         return list(kinds.values()), any(is_first for kind in kinds.values() for _, is_first in kind.rows)
 
-    def _work_of(self, kind: Kind) -> StepWork:
+    def _work_of(self, kind: Kind, grads: list[Any]) -> StepWork:
         groups = [self.param_groups[i] for i, _ in kind.rows]
         settings = [self._settings(group, i, is_first) for group, (i, is_first) in zip(groups, kind.rows, strict=True)]
         strengths = Strengths(0.0, 0.0)
@@ -182,12 +187,12 @@ class Penalized(Optimizer):
             l1, l2 = ([check_strength(group[name], name) for group in groups] for name in ("l1", "l2"))
             device = kind.params[0].device
             strengths = Strengths(per_group(l1, device, "l1"), per_group(l2, device, "l2"))
-        work = Work(kind.names, kind.params, kind.row_of, len(groups), strengths, self._impl, any_dtensor(kind.params))
+        n, impl = len(groups), self._impl
+        work = Work(kind.names, kind.params, kind.row_of, n, strengths, impl, kind.is_sharded)
         of_names = {name: [state[name] for state in kind.states] for name in self._state_names(kind.mode)}
         steps = of_names.pop("step", None)
         first, second, third = (*of_names.values(), None, None, None)[:3]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        grads: list[Any] = [p.grad for p in kind.params]
         return StepWork(work, kind.mode, grads, Update(settings, (first, second, third), steps, scale, found_inf))
 
     def _fill(self, state: dict[str, Any], p: Tensor, mode: Mode) -> bool:

@@ -77,10 +77,14 @@ def kernel_sweep(
     at_l1, at_l2, at_scale_l1, at_scale_l2 = addresses
     sums = None if value_dtype is None else torch.empty((n_groups + n_chunks, 2), dtype=torch.float64, device=device)
     next_partial = partials = 0 if sums is None else sums.data_ptr() + n_groups * _ROW_BYTES
-    settings, lr, grad_scale, found_inf = None, 1.0, None, None
+    settings, lr, grad_scale, found_inf = 0, 1.0, None, None
     if update is not None:
-        settings, lr = settings_table(update.settings, device)
-        grad_scale, found_inf = _float32(update.grad_scale, device), _float32(update.found_inf, device)
+        settings_of_groups, lr = settings_table(update.settings, device)
+        settings = settings_of_groups.data_ptr()
+        if update.grad_scale is not None:
+            grad_scale = update.grad_scale.to(device, torch.float32, non_blocking=True)
+        if update.found_inf is not None:
+            found_inf = update.found_inf.to(device, torch.float32, non_blocking=True)
     for part, pointers, table in tables:
         grad_table, grad_distance = (None, 0) if grads is None else pointers.of_gradients(grads)
         target = pointers.target
@@ -88,18 +92,18 @@ def kernel_sweep(
         block = BLOCK if update is None else STEP_ELEMENTS * lanes
         # A value in float64, of models with any such weights, deserves sums in float64.
         sum_dtype = target.sum_dtype if value_dtype is torch.float32 else value_dtype
-        of_step, states, counters = _NO_STEP, None, None
+        of_step, counters = _NO_STEP, None
         if update is not None:
             states = pointers.of_states(update)
             if update.steps is not None and mode is not Mode.ADAM_PROX:
                 counters = pointers.counters(update.steps)
             of_step = {
-                "settings": _address(settings),
+                "settings": settings,
                 "lr": lr,
-                "states": _address(states),
-                "counters": _address(counters),
-                "grad_scale": _address(grad_scale),
-                "found_inf": _address(found_inf),
+                "states": states.data_ptr(),
+                "counters": 0 if counters is None else counters.data_ptr(),
+                "grad_scale": 0 if grad_scale is None else grad_scale.data_ptr(),
+                "found_inf": 0 if found_inf is None else found_inf.data_ptr(),
             }
         _launch(
             _sweep_kernel,
@@ -159,14 +163,6 @@ def kernel_sweep(
         FINISH_WARPS,
     )
     return Measure(total, terms, sums)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _float32(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, torch.float32, non_blocking=True)
 
 
 _COMPILED: dict[Hashable, Any] = {}

@@ -43,9 +43,9 @@ class PointerTables:
         self._counters = DeviceCache(part.device, size=1)
         # Where gradients were at the last call, their offsets, and these as a key; one value, for the sake of threads.
         self._last_gradients: tuple[list[int], array.array[int], bytes] = [], array.array("q"), b""
-        self._last_states: tuple[list[int], object] = [], None
-        # Where step counters are and how often they were changed, after the last step that was counted here, and a key.
-        self._counted: tuple[list[int], list[int], object] = [], [], None
+        self._last_states: tuple[list[list[int]], object] = [], None
+        # How often the optimizer's counters were changed after the last step that was counted here, and a key.
+        self._counted: tuple[object, list[int], object] = None, [], None
 
     @functools.cached_property
     def target(self) -> Target:
@@ -59,8 +59,7 @@ class PointerTables:
     def of_gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
         """The table and the distance that `_sweep_kernel` finds gradients by; the table outlives a common move."""
         part = self._part
-        own = grads if len(part.positions) == len(grads) else map(grads.__getitem__, part.positions)
-        addresses = list(map(Tensor.data_ptr, own))
+        addresses = list(map(Tensor.data_ptr, self._own(grads)))
         base = addresses[0]
         last, offsets, key = self._last_gradients
         if addresses != last:
@@ -78,33 +77,28 @@ class PointerTables:
     def of_states(self, update: Update) -> Tensor:
         """The states' distances from their weights, and the addresses of the step counters."""
         part = self._part
-        columns = [[0] * len(part.positions)] * 4
-        for i, tensors in enumerate([*update.states, update.steps]):
-            if tensors is not None:
-                columns[i] = [tensors[position].data_ptr() for position in part.positions]
-        places = list(itertools.chain.from_iterable(columns))
-        if places != self._last_states[0]:
-            self._last_states = places, object()
+        lists = (*update.states, update.steps)
+        columns = [[] if tensors is None else list(map(Tensor.data_ptr, self._own(tensors))) for tensors in lists]
+        if columns != self._last_states[0]:
+            self._last_states = columns, object()
 
         def build() -> Tensor:
-            table = _int64(array.array("q", places)).view(4, -1).clone()
-            weights = _int64(array.array("q", part.addresses))
-            for column, tensors in zip(table, update.states, strict=False):
-                if tensors is not None:
-                    column -= weights
-            return to_device(table.T.contiguous(), part.device)
+            weights = torch.tensor(part.addresses)
+            states = [torch.tensor(c) - weights if c else torch.zeros_like(weights) for c in columns[:3]]
+            steps = torch.tensor(columns[3]) if columns[3] else torch.zeros_like(weights)
+            return to_device(torch.stack([*states, steps], 1), part.device)
 
         return self._of_states.get(self._last_states[1], build)
 
     def counters(self, steps: Sequence[Tensor]) -> Tensor:
         """How many steps each chunk has seen: kept, unless somebody else has changed what the optimizer counts.
 
-        To be called once per step, which the kernel then counts in both.
+        To be called once per step, after `of_states`: the kernel then counts it in both.
         """
-        own = [steps[position] for position in self._part.positions]
-        addresses, versions = list(map(Tensor.data_ptr, own)), list(map(_VERSION, own))
-        last_addresses, last_versions, key = self._counted
-        if addresses != last_addresses or versions != last_versions:
+        own = self._own(steps)
+        versions = list(map(_VERSION, own))
+        places, last_versions, key = self._counted
+        if places is not self._last_states[1] or versions != last_versions:
             key = object()
 
         def build() -> Tensor:
@@ -113,8 +107,14 @@ class PointerTables:
 
         found = self._counters.get(key, build)
         torch.autograd.graph.increment_version(own)
-        self._counted = addresses, list(map(_VERSION, own)), key
+        self._counted = self._last_states[1], [version + 1 for version in versions], key
         return found
+
+    def _own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        positions = self._part.positions
+        if len(positions) == len(tensors) and isinstance(tensors, list):
+            return tensors
+        return list(map(tensors.__getitem__, positions))
 
     def _build(self) -> Tables:
         """With a fixed number of tensor operations: what has a row per chunk is made on the device."""
@@ -155,8 +155,8 @@ def settings_table(settings: Sequence[Settings], device: torch.device) -> tuple[
         settings = [s._replace(lr=1.0) for s in settings]
     numbers = list(itertools.chain.from_iterable(settings))
     in_memory = [i for i, number in enumerate(numbers) if isinstance(number, Tensor)]
-    floats = tuple(0.0 if isinstance(number, Tensor) else float(number) for number in numbers)
-    table = constant(floats, device)
+    floats = [0.0 if isinstance(number, Tensor) else number for number in numbers] if in_memory else numbers
+    table = constant(tuple(floats), device)
     if in_memory:
         table = table.clone()
         torch._foreach_copy_(
