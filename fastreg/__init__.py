@@ -1,5 +1,6 @@
 """The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, without copying the weights."""
 
+from fastreg import optim
 from fastreg.elastic_net import ElasticNet
 from fastreg.filters import bias_and_norm
 from fastreg.formulas import Penalty
@@ -15,6 +16,7 @@ __all__ = [
     "bias_and_norm",
     "elastic_penalty",
     "elastic_prox_",
+    "optim",
     "sparsity",
 ]
 

@@ -74,7 +74,8 @@ class BlockSteps:
         # Narrow numbers are worked on as float32 copies throughout; others only where one operator serves many pieces.
         copied = [None if p is None or not self._is_narrow else self._copy(str(i), p) for i, p in enumerate(states)]
         operands = [p if copy is None else copy.parts for p, copy in zip(states, copied, strict=True)]
-        packed = self._copy("weights", weights) if self._is_narrow or len(weights) > 1 else None
+        has_penalty = any(strength != 0 for strength in (s.l1, s.l2, s.prox_l1, s.prox_l2))
+        packed = self._copy("weights", weights) if self._is_narrow or (len(weights) > 1 and has_penalty) else None
         targets = packed.parts if packed is not None and self._is_narrow else weights
         if grads is not None:
             grads = self._penalised(packed, weights, grads, s)
@@ -93,41 +94,53 @@ class BlockSteps:
         return pack
 
     def _penalised(self, packed: Pack | None, weights: Pieces, grads: Pieces, s: Settings) -> Pieces:
-        """The gradients with the penalty's; copies, unless they are to be taken as they are."""
-        scale = 1.0 if self._grad_scale is None else self._grad_scale.item()  # by which all is divided afterwards
-        slope = 2 * s.l2
-        if not self._is_narrow and s.l1 == 0 and slope == 0 and self._grad_scale is None:
+        """The gradients with what of the penalty's the operators do not add; copies, unless they may be taken as is.
+
+        Where gradients carry a scale, so does what is added, and the operators would unscale them in their place.
+        """
+        slope = 0.0 if self._adds_l2(s) else 2 * s.l2
+        scale = 1.0 if self._grad_scale is None else self._grad_scale.item()
+        has_penalty = s.l1 != 0 or slope != 0
+        if not self._is_narrow and not has_penalty and self._grad_scale is None:
             return grads
         found = self._memory.pack("gradient", self._compute, shapes_of(weights), LANES)
+        if not has_penalty and packed is None:
+            copy_pieces(found.parts, grads)
+            return found.parts
         if packed is None:
             (w,), (grad,), (out,) = weights, grads, found.parts
         else:
             w, out, grad = packed.vector, found.vector, found.vector
             copy_pieces(found.parts, grads)
         if s.l1 != 0:
-            sign = torch.sign(w, out=self._spare("spare", w))
-            torch.add(grad, sign, alpha=s.l1 * scale, out=out)
-        elif packed is None:
+            torch.add(grad, torch.sign(w, out=self._spare("spare", w)), alpha=s.l1 * scale, out=out)
+        elif out is not grad:
             out.copy_(grad)
         if slope != 0:
             out.add_(w, alpha=slope * scale)
         return found.parts
 
+    def _adds_l2(self, s: Settings) -> bool:
+        """Whether the operators add 2 * l2 * w as weight decay, which has no other use then."""
+        return not (s.is_decoupled and s.weight_decay != 0)
+
     def _fused(
         self, weights: Pieces, grads: Pieces, states: Sequence[Pieces | None], steps: Pieces | None, s: Settings
     ) -> None:
         first, second, third = states
+        adds_l2 = self._adds_l2(s)
+        decay = s.weight_decay + 2 * s.l2 if adds_l2 else s.weight_decay
         if second is None:
             torch._fused_sgd_(  # type: ignore[call-overload]
                 weights, grads, first or [],
-                weight_decay=s.weight_decay, momentum=s.first, lr=s.lr, dampening=s.second, nesterov=bool(s.third),
+                weight_decay=decay, momentum=s.first, lr=s.lr, dampening=s.second, nesterov=bool(s.third),
                 maximize=False, is_first_step=False, grad_scale=self._grad_scale,
             )  # fmt: skip
         else:
-            step: Any = torch._fused_adamw_ if s.is_decoupled else torch._fused_adam_
+            step: Any = torch._fused_adam_ if adds_l2 else torch._fused_adamw_
             step(
                 weights, grads, first, second, third or [], steps,
-                lr=s.lr, beta1=s.first, beta2=s.second, weight_decay=s.weight_decay, eps=s.third,
+                lr=s.lr, beta1=s.first, beta2=s.second, weight_decay=decay, eps=s.third,
                 amsgrad=third is not None, maximize=False, grad_scale=self._grad_scale,
             )  # fmt: skip
 
