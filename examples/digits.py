@@ -4,8 +4,9 @@
 
 Prints for each epoch the loss and what it is made of, and the share of weights that are exactly zero. The elastic net
 mixes the two strengths 0.3 to 0.7. `--method` says how the penalty is applied: as a term of the loss, by `attach` as a
-gradient added before each optimizer step (the same weights, bit for bit), or by `prox` as a proximal step after it,
-which alone leaves exact zeros. digits_plots.py draws all this, and compares the methods.
+gradient added before each optimizer step (the same weights, bit for bit), by `prox` as a proximal step after it, or by
+`optimizer` as the same proximal step inside of fastreg.optim.SGD. The last two leave exact zeros. digits_plots.py draws
+all this, and compares the methods.
 
 The data are the 8x8 images that come with scikit-learn. Needs: pip install "fastreg[examples]"
 """
@@ -22,7 +23,7 @@ import fastreg
 
 # What each penalty takes of l1 and of l2.
 SHARES = {"none": (0.0, 0.0), "l1": (1.0, 0.0), "l2": (0.0, 1.0), "elastic": (0.3, 0.7)}
-METHODS = {"penalty": None, "attach": "grad", "prox": "prox"}  # and the mode to attach in, if any
+METHODS = {"penalty": None, "attach": "grad", "prox": "prox", "optimizer": None}  # and the mode to attach in, if any
 BATCH_SIZE = 32
 LEARNING_RATE = 0.2
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,6 +43,13 @@ def build_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
+def build_optimizer(model: nn.Module, l1: float, l2: float, method: str) -> torch.optim.Optimizer:
+    """SGD, with the penalty inside if `method` says so."""
+    if method == "optimizer":
+        return fastreg.optim.SGD(model.parameters(), lr=LEARNING_RATE, l1=l1, l2=l2, prox=True, track=True)
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+
 def train(
     model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, l1: float, l2: float, method: str, epochs: int
 ) -> Iterator[Tensor]:
@@ -56,14 +64,15 @@ def train(
         steps = []
         for batch in torch.randperm(len(x), generator=order).split(BATCH_SIZE):
             loss = cross_entropy = nn.functional.cross_entropy(model(x[batch]), y[batch])
-            if not mode:
+            if method == "penalty":
                 penalty = reg(return_terms=True)
                 loss = cross_entropy + penalty.total
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if mode:
-                penalty = reg.last  # of the weights that the step found
+            if method != "penalty":
+                # Of the weights that the step found, or in mode "prox" of those that it made.
+                penalty = optimizer.last if method == "optimizer" else reg.last
                 loss = cross_entropy + penalty.total
             steps.append(torch.stack([loss, cross_entropy, penalty.l1, penalty.l2]).detach())
         yield torch.stack(steps)
@@ -96,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
     args = options().parse_args(arguments)
     l1, l2 = strengths(args)
     data, model = load_data(), build_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    optimizer = build_optimizer(model, l1, l2, args.method)
     print(f"penalty {args.penalty}: l1={l1:g} l2={l2:g}, method {args.method}")
     for epoch, steps in enumerate(train(model, data, optimizer, l1, l2, args.method, args.epochs), 1):
         loss, cross_entropy, l1_part, l2_part = steps.mean(dim=0)

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 import fastreg
 
+# Wide and dashed, for curves that coincide: the first two, and the other two.
+LOOKS = ({"linewidth": 4}, {"linestyle": "--"}, {"linewidth": 4}, {"linestyle": "--"})
+
 
 class Run(NamedTuple):
     """What came of one training; the exact zeros are fractions, before training and after each epoch."""
@@ -36,12 +39,12 @@ def run(args: argparse.Namespace, method: str) -> Run:
     """Trains with `method`, and as the command line says otherwise."""
     data, model = digits.load_data(), digits.build_model()
     initial, zeros, means = weights(model), [fastreg.sparsity(model).item()], []
-    optimizer = torch.optim.SGD(model.parameters(), lr=digits.LEARNING_RATE)
+    optimizer = digits.build_optimizer(model, *digits.strengths(args), method)
     for steps in digits.train(model, data, optimizer, *digits.strengths(args), method, args.epochs):
         zeros.append(fastreg.sparsity(model).item())
         means.append(steps.mean(dim=0))
     accuracy = digits.accuracy(model, *data[2:])
-    print(f"{method:7}  loss {means[-1][0]:.5f}  exact zeros {zeros[-1]:.2%}  test accuracy {accuracy:.4f}", flush=True)
+    print(f"{method:9}  loss {means[-1][0]:.5f}  exact zeros {zeros[-1]:.2%}  test accuracy {accuracy:.4f}", flush=True)
     return Run(model, initial, weights(model), torch.stack(means), zeros, accuracy)
 
 
@@ -72,8 +75,7 @@ def draw_weights(axes: Axes, run: Run) -> None:
 
 def draw_zeros(axes: Axes, runs: dict[str, Run]) -> None:
     """The share of exact zeros by epoch, a curve for each method."""
-    # The first is wide and the second dashed, for curves that coincide.
-    for (method, run), look in zip(runs.items(), ({"linewidth": 4}, {"linestyle": "--"}, {}), strict=False):
+    for (method, run), look in zip(runs.items(), LOOKS, strict=False):
         label = f"{method}: {run.zeros[-1]:.1%} at the end, test accuracy {run.accuracy:.1%}"
         axes.plot(run.zeros, label=label, marker=".", **look)
     axes.set(xlabel="epoch (0: before training)", ylabel="weights that are exactly zero", ylim=(-0.03, 1.03))

@@ -48,7 +48,8 @@ def hundred_steps(dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...], to
 
 def trained(dtype: torch.dtype, l1: float, l2: float, method: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """The weights after a hundred steps of the example, and what it yields of each step."""
-    model, data, optimizer = hundred_steps(dtype)
+    model, data, _ = hundred_steps(dtype)
+    optimizer = digits.build_optimizer(model, l1, l2, method)
     optimizer.param_groups[0].update(options)
     steps = torch.cat(list(digits.train(model, data, optimizer, l1, l2, method, 5)))
     return flat(model), steps.numpy()
@@ -115,7 +116,7 @@ def test_attached_trains_bitwise_as_the_loss_term_does() -> None:
 
 
 @pytest.mark.parametrize("penalty", STRENGTHS)
-@pytest.mark.parametrize("method", ["penalty", "prox"])
+@pytest.mark.parametrize("method", ["penalty", "prox", "optimizer"])
 def test_what_it_prints(penalty: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = digits.main(["--penalty", penalty, "--method", method, "--epochs", "3"])
     out = capsys.readouterr().out
@@ -156,12 +157,13 @@ def test_given_strengths_are_mixed_as_the_default_ones() -> None:
 def test_compare_trains_and_draws_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = plots.main(["--penalty", "l1", "--compare", "--epochs", "4", "--out", str(tmp_path / "new")])
     out = capsys.readouterr().out
-    assert list(models) == ["penalty", "attach", "prox"]
+    assert list(models) == ["penalty", "attach", "prox", "optimizer"]
     for method, model in models.items():
         (zeros,) = re.findall(rf"^{method} .*exact zeros {NUMBER}%", out, re.MULTILINE)
         assert float(zeros) == pytest.approx(100 * np.mean(flat(model) == 0), abs=0.6e-2)
-        assert float(zeros) > 10 if method == "prox" else float(zeros) < 0.1
+        assert float(zeros) > 10 if method in ("prox", "optimizer") else float(zeros) < 0.1
     assert flat(models["penalty"]).tobytes() == flat(models["attach"]).tobytes()
+    np.testing.assert_allclose(flat(models["prox"]), flat(models["optimizer"]), rtol=0, atol=1e-5)
     (path,) = (tmp_path / "new").iterdir()
     assert out.splitlines()[-1] == f"plot  {path}"
     assert imread(path).std() > 0.05  # not a blank canvas
