@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+import fastreg.optim
 from fastreg import ElasticNet
 from tests.cases import CASES, DTYPES, leaf, make
 from tests.helpers import Path, bits, memory, naming, outside
@@ -55,6 +56,17 @@ def test_every_shape_in_one_step(path: Path, kind: str, dtype: torch.dtype) -> N
                 gradients(weights)
                 attached.step()
             assert [bits(memory(w)[outside(w)]) for w in weights] == around
+
+
+@pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("AdamW", {})])
+def test_the_librarys_own_optimizers(path: Path, name: str, options: Any) -> None:
+    """They are known, too; this penalty is the only one."""
+    weights = randn(path, (40,), (3, 5))
+    optimizer = getattr(fastreg.optim, name)(weights, lr=0.125, **options)
+    attached = attach(optimizer, weights, path)
+    for _ in range(3):
+        gradients(weights)
+        attached.step()
 
 
 @pytest.mark.parametrize("strengths", [(0.3, 0.0), (0.0, 0.7), (0.0, 0.0)], ids=["l1", "l2", "none"])
