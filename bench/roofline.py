@@ -19,7 +19,10 @@ from bench.gpus import ARCHITECTURES, GPU, GPUS, LANES, LATENCY, Architecture
 from bench.internals import Mode
 from bench.results import table
 
-MODES = ("value", "gradient", "accumulate", "accumulate-scaled", "prox", "prox-value")
+STEPS = ("adam-prox", "sgd", "momentum", "adam", "amsgrad", "adam-value")
+MODES = ("value", "gradient", "accumulate", "accumulate-scaled", "prox", "prox-value", *STEPS)
+# Numbers that are read for each weight.
+READS = {Mode.ACCUMULATE: 2, Mode.ADAM_PROX: 2, Mode.SGD: 2, Mode.MOMENTUM: 3, Mode.ADAM: 4, Mode.AMSGRAD: 5}
 NARROW = ("fp32", "bf16", "fp16")  # float64 weights need float64 arithmetic
 CHUNKS = (2048, 4096, 8192)
 TIMES = ("memory", "issue", "FP32", "multiply", "compare", "16-bit", "convert", "float64", "latency")
@@ -154,7 +157,7 @@ def sweep(variant: str, dtype: str, target: str) -> Sweep:
     for i in loop:
         kind, width = codegen.access(i.opcode) or ("load", 0)
         moved[kind] += width
-    reads = 2 if VARIANTS[variant].mode == Mode.ACCUMULATE else 1
+    reads = READS.get(VARIANTS[variant].mode, 1)
     return Sweep(
         Counter(i.opcode for i in loop),
         Counter(i.opcode for i in outside_loops(instructions, labels)),

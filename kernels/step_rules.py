@@ -49,15 +49,15 @@ def _prox(w, l1, shrinkage):
 
 
 @triton.jit
-def _quotient(a, b):
-    """a / b, rounded once: of float32 numbers Triton's own division is not."""
-    return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
+def _quotient(a, b, DTYPE: tl.constexpr):
+    """a / b, rounded once where DTYPE shows it, in which results are stored: Triton's own float32 division is not."""
+    return tl.div_rn(a, b) if DTYPE == tl.float32 else a / b
 
 
 @triton.jit
-def _root(x):
-    """The square root of x, rounded once."""
-    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+def _root(x, DTYPE: tl.constexpr):
+    """The square root of x, likewise."""
+    return tl.sqrt_rn(x) if DTYPE == tl.float32 else tl.sqrt(x)
 
 
 @triton.jit
@@ -104,23 +104,26 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _prox_by(w, square, prox_l1, prox_slope, root, eps):
-    """The proximal step of size lr / (root * sqrt(square) + eps), for strengths that carry lr."""
-    denominator = _root(square) * root + eps
-    zeros = tl.zeros_like(w)
-    shrinkage = _quotient(zeros + 1.0, _quotient(zeros + prox_slope, denominator) + 1.0)
-    return _prox(w, _quotient(zeros + prox_l1, denominator), shrinkage)
+def _prox_by(w, denominator, prox_l1, prox_slope, DTYPE: tl.constexpr):
+    """The proximal step of size lr / denominator, for strengths that carry lr."""
+    ones = tl.full(w.shape, 1.0, w.dtype)
+    inverse = _quotient(ones, denominator, DTYPE)
+    shrinkage = ones
+    if prox_slope != 0:
+        shrinkage = _quotient(ones, prox_slope * inverse + 1.0, DTYPE)
+    return _prox(w, prox_l1 * inverse, shrinkage)
 
 
 @triton.jit
-def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr):
+def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE: tl.constexpr):
     """The weights and up to three states after a step: the momentum buffer, or the moments and the largest second one.
 
     `grad` is that of the data; what the optimizer does not have comes back as it was.
     """
     inverse_scale, l1, slope, decay, kept, shrinks, prox_l1, prox_slope = common
     if MODE == "adam_prox":
-        return _prox_by(w, second, prox_l1, prox_slope, own[4], own[5]), first, second, third
+        denominator = _root(second, DTYPE) * own[4] + own[5]
+        return _prox_by(w, denominator, prox_l1, prox_slope, DTYPE), first, second, third
     grad = grad * inverse_scale + _gradient(w, l1, slope)
     grad += decay * w
     w *= kept
@@ -142,7 +145,8 @@ def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr):
         if MODE == "amsgrad":
             third = tl.where(third >= second, third, second)  # NaN is not below anything
             used = third
-        w -= _quotient(size * first, _root(used) * root + eps)
+        denominator = _root(used, DTYPE) * root + eps
+        w -= _quotient(size * first, denominator, DTYPE)
         if shrinks:
-            w = _prox_by(w, used, prox_l1, prox_slope, root, eps)
+            w = _prox_by(w, denominator, prox_l1, prox_slope, DTYPE)
     return w, first, second, third

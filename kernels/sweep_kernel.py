@@ -81,7 +81,7 @@ def _sweep_block(pointers, offset, mask, numbers, sums, lost, MODE: tl.constexpr
         if MODE == "prox":
             _store(weight_ptr, offset, mask, _prox(w, numbers[0], numbers[1]))
         elif MODE == "adam_prox" or _is_step(MODE):
-            w, first, second, third = _step(w, old, first, second, third, numbers[0], numbers[1], MODE)
+            w, first, second, third = _step(w, old, first, second, third, numbers[0], numbers[1], MODE, DTYPE)
             written = mask if mask is None else mask & (numbers[2] != 0)
             _store(weight_ptr, offset, written, w)
             if _is_step(MODE) and _has_state(MODE, 1):
