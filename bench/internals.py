@@ -25,7 +25,7 @@ except ImportError:  # there is no Triton for this machine
 # Tensors beside a weight and its gradient. Alone, Adam's second moment counts as the second of its states.
 STATES = {Mode.SGD: 0, Mode.MOMENTUM: 1, Mode.ADAM: 2, Mode.AMSGRAD: 3, Mode.ADAM_PROX: 2}
 
-__all__ = ["UNSCALED", "Mode", "Scale", "Strength"]
+__all__ = ["STEPS", "UNSCALED", "Mode", "Scale", "Strength"]
 
 
 def one_sweep(weights: Sequence[Tensor], mode: Mode, l1: float, l2: float, impl: str, **keywords: Any) -> Any:

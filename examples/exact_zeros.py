@@ -118,6 +118,7 @@ def draw(stored: dict[str, Any], path: Path) -> None:
         axes.grid(color="0.9")
     first: Any = figure.axes[0]
     first.set_ylabel("test accuracy")
+    first.set_ylim(0.75, 1)  # what is less is no model any more
     first.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     first.legend(loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,13 +25,23 @@ pytestmark = [
 ]
 
 
+# Numbers for each weight: with a gradient, a momentum buffer or first moment, a second moment, the largest of those.
+READ_AND_WRITTEN = {
+    Mode.ADAM_PROX: (2, 1),
+    Mode.SGD: (2, 1),
+    Mode.MOMENTUM: (3, 2),
+    Mode.ADAM: (4, 3),
+    Mode.AMSGRAD: (5, 4),
+}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("variant", "dtype"), CASES)
 def test_sweep_is_vectorised_and_stays_in_registers(variant: str, dtype: str, target: str) -> None:
     kernel = codegen.compiled(variant, dtype, target)["_sweep_kernel"]
     assert_vectorised(codegen.inspect(kernel), variant, dtype, target)
-    # Of pairs, one register may be put aside between loops.
-    assert_in_registers(codegen.inspect(kernel), spare=8 if target == "sm_86" else 0)
+    # Where float64 is rationed, one register of doubles or two may be put aside between loops.
+    assert_in_registers(codegen.inspect(kernel), spare=16 if target == "sm_86" else 0)
     assert not any(opcode.startswith(("STL", "LDL", "scratch")) for opcode in codegen.machine_loop(kernel))
 
 
@@ -51,7 +61,7 @@ def test_float64_instructions_per_element(variant: str, dtype: str) -> None:
     computed = sum(n for opcode, n in loop.items() if opcode.startswith(("DADD", "DFMA", "DMUL")))
     # One conversion, one addition of |w|, and 1.5 operations for w * w: two take the squares of two elements and add
     # them, one adds that to others. Nothing where no value is asked for.
-    assert elements <= converted <= elements + (elements > 0)  # one is computed again rather than kept
+    assert elements <= converted <= elements + 2 * (elements > 0)  # one or two are computed again rather than kept
     assert computed == 2.5 * elements
 
 
@@ -64,7 +74,7 @@ def test_what_changes_between_calls_compiles_nothing(target: str) -> None:
         call = functools.partial(codegen.sweep_once, VARIANTS[variant], weights, strength, scale)
         return codegen.record(TARGETS[target], call)
 
-    for variant in ("value", "accumulate", "accumulate-scaled", "prox"):
+    for variant in ("value", "accumulate", "accumulate-scaled", "prox", "momentum", "adam", "adam-prox"):
         first = requests(variant, BLOCK, 1.0, 0)
         assert requests(variant, BLOCK, 0.0, 0) == first
         assert requests(variant, BLOCK, 0.1, 1) == first
@@ -74,7 +84,7 @@ def test_what_changes_between_calls_compiles_nothing(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_without_alignment_hints_the_check_fails(target: str, tmp_path: Path) -> None:
-    changed = edited_kernels(r"tl\.multiple_of\((.+), 16\)", r"(\1)", tmp_path)
+    changed = edited_kernels(r"tl\.multiple_of\((.+?\)\)), 16\)", r"(\1)", tmp_path)
     with pytest.raises(AssertionError, match="16-byte loads"):
         assert_vectorised(inspect_with(changed, "accumulate", "bf16", target), "accumulate", "bf16", target)
 
@@ -102,10 +112,12 @@ def elements_per_thread(target: str) -> int:
 
 def assert_vectorised(report: Report, variant: str, dtype: str, target: str) -> None:
     """Full blocks are read and written 16 bytes at a time, each byte once."""
-    accesses = elements_per_thread(target) * DTYPES[dtype].itemsize // 16
     mode = VARIANTS[variant].mode
-    loads = Counter({16: accesses * (2 if mode == Mode.ACCUMULATE else 1)})
-    stores = Counter({16: accesses} if mode != Mode.VALUE else {})
+    elements = launch.STEP_ELEMENTS if mode in READ_AND_WRITTEN else elements_per_thread(target)
+    accesses = elements * DTYPES[dtype].itemsize // 16
+    n_read, n_written = READ_AND_WRITTEN.get(mode, (2 if mode == Mode.ACCUMULATE else 1, int(mode != Mode.VALUE)))
+    loads = Counter({16: accesses * n_read})
+    stores = Counter({16: accesses * n_written} if n_written else {})
     assert report.loads == loads, "16-byte loads"
     assert report.stores == stores, "16-byte stores"
 

@@ -344,3 +344,55 @@ def test_the_sweep_for_sanitizers_launches_every_kernel(
     for dtype, sum_dtype in sums.items():
         for mode, has_value in [*modes, ("prox", True)]:
             assert (dtype, mode, names[sum_dtype] if has_value else None) in found
+
+
+def step_of(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> None:
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+
+
+STEPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "sgd": (fastreg.optim.SGD, {}),
+    "momentum": (fastreg.optim.SGD, {"momentum": 0.9}),
+    "adam": (fastreg.optim.AdamW, {}),
+    "amsgrad": (fastreg.optim.Adam, {"amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize("mode", STEPS)
+def test_a_step_is_one_launch_and_nothing_of_it_compiles_again(driver: StubDriver, mode: str) -> None:
+    kind, options = STEPS[mode]
+    weights = parameters(5, BLOCK + 3, 0, 7)
+    groups = [{"params": weights[:2], "l1": 0.5}, {"params": weights[2:], "lr": 0.25, "prox": True}]
+    optimizer = kind(groups, lr=0.1, l1=0.1, impl="triton", **options)
+    for _ in range(3):
+        step_of(optimizer, weights)
+        assert variants(driver.launches) == {("_sweep_kernel", mode, False): 1}
+        driver.clear()
+    n_compiled = len(driver.compiled)
+    optimizer.param_groups[0].update(lr=torch.tensor(0.3), l1=torch.tensor(0.2), l2=16.0, weight_decay=1.0)
+    step_of(optimizer, weights)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(16.0), torch.tensor(1.0)
+    step_of(optimizer, weights)
+    others = parameters(16, first=1)
+    step_of(kind(others, lr=1, l2=1, prox=True, impl="triton", **options), others)
+    assert {each[1] for each in variants(driver.launches)} == {mode}
+    assert len(driver.compiled) == n_compiled
+    tracked = kind(weights, lr=0.1, l1=0.1, track=True, impl="triton", **options)
+    driver.clear()
+    step_of(tracked, weights)
+    assert variants(driver.launches) == {("_sweep_kernel", mode, True): 1, ("_finish_kernel",): 1}
+    signatures = [each.signature for each in driver.launches if each.kernel == "_sweep_kernel"]
+    assert all(signature["lr"] == "fp64" and signature["settings"] == "i64" for signature in signatures)
+
+
+def test_the_proximal_step_after_adam_is_one_launch_beside_the_value(driver: StubDriver) -> None:
+    weights = parameters(5, BLOCK + 3)
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    penalty(weights).attach(optimizer, mode="prox")
+    for n_compiled in (2, 0, 0):
+        driver.clear()
+        step_of(optimizer, weights)
+        assert variants(driver.launches) == {("_sweep_kernel", "adam_prox", True): 1, ("_finish_kernel",): 1}
+        assert len(driver.compiled) == n_compiled
