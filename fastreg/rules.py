@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.formulas import Mode, compute_dtype, gradient, prox
+from fastreg.formulas import Mode, compute_dtype, prox
 from fastreg.strengths import Strength, accumulate_dtype
 
 
@@ -84,7 +84,7 @@ def take_steps(
         else:
             assert grads is not None
             grad = grads[i].to(wide) if update.grad_scale is None else grads[i].to(wide) / update.grad_scale
-            grad = grad + gradient(w.to(wide), s.l1, s.l2)
+            grad = _with_penalty(grad, w.to(wide), s)
             if first is None or second is None:
                 found = [*_sgd(w.to(wide), grad, first, s), None, None]
             else:
@@ -98,9 +98,15 @@ def take_steps(
                 old.copy_(new if update.found_inf is None else torch.where(update.found_inf == 0, new, old))
 
 
+def _with_penalty(grad: Tensor, w: Tensor, s: Settings) -> Tensor:
+    """The gradient with that of the penalty and of weight decay that is not decoupled."""
+    slope = 2 * s.l2 + s.weight_decay * (1 - s.is_decoupled)
+    grad = grad + torch.where(w == 0, 0.0, w.sign() * s.l1)
+    return grad if not isinstance(slope, Tensor) and slope == 0 else grad + w * slope  # infinity times 0 is NaN
+
+
 def _sgd(w: Tensor, grad: Tensor, buffer: Tensor | None, s: Settings) -> tuple[Tensor, Tensor | None]:
     """torch.optim.SGD; a first step has a buffer of zeros and no dampening."""
-    grad = grad + w * s.weight_decay
     if buffer is not None:
         buffer = s.first * buffer + (1 - s.second) * grad
         grad = grad + s.first * buffer if s.third else buffer
@@ -112,7 +118,6 @@ def _adam(
     w: Tensor, grad: Tensor, mean: Tensor, square: Tensor, largest: Tensor | None, step: Tensor, s: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """torch.optim.Adam and AdamW."""
-    grad = grad + w * (s.weight_decay * (1 - s.is_decoupled))
     w = w * (1 - s.lr * s.weight_decay * s.is_decoupled)
     # The one of the two that weighs more is not rounded.
     mean = mean + (1 - s.first) * (grad - mean) if s.first > 0.5 else grad - s.first * (grad - mean)

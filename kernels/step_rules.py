@@ -33,10 +33,15 @@ def _has_state(mode, number):
 
 
 @triton.jit
+def _signed(w, l1):
+    """l1 * sign(w), and 0 for NaN."""
+    return tl.where(w > 0, l1, tl.where(w < 0, -l1, 0.0))
+
+
+@triton.jit
 def _gradient(w, l1, slope):
     """l1 * sign(w) + slope * w, where slope is 2 * l2, with one rounding; sign(±0) = 0, and NaN comes by the slope."""
-    signed_l1 = tl.where(w > 0, l1, tl.where(w < 0, -l1, 0.0))
-    return tl.fma(w, slope, signed_l1)
+    return tl.fma(w, slope, _signed(w, l1))
 
 
 @triton.jit
@@ -93,8 +98,7 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, COMPUTE: tl.constexpr):
     common = (
         (1 / grad_scale).to(COMPUTE),
         tl.load(row + GRAD_L1).to(COMPUTE),
-        (2 * tl.load(row + GRAD_L2)).to(COMPUTE),
-        (decay * (1 - is_decoupled)).to(COMPUTE),
+        (2 * tl.load(row + GRAD_L2) + decay * (1 - is_decoupled)).to(COMPUTE),
         (1 - lr * decay * is_decoupled).to(COMPUTE),
         shrinks,
         prox_l1.to(COMPUTE),
@@ -120,12 +124,13 @@ def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE:
 
     `grad` is that of the data; what the optimizer does not have comes back as it was.
     """
-    inverse_scale, l1, slope, decay, kept, shrinks, prox_l1, prox_slope = common
+    inverse_scale, l1, slope, kept, shrinks, prox_l1, prox_slope = common
     if MODE == "adam_prox":
         denominator = _root(second, DTYPE) * own[4] + own[5]
         return _prox_by(w, denominator, prox_l1, prox_slope, DTYPE), first, second, third
-    grad = grad * inverse_scale + _gradient(w, l1, slope)
-    grad += decay * w
+    grad = grad * inverse_scale + _signed(w, l1)
+    if slope != 0:  # infinity times 0 would be NaN
+        grad += slope * w
     w *= kept
     if MODE == "sgd" or MODE == "momentum":
         lr, momentum, undamped, is_nesterov = own
