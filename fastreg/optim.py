@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fastreg.formulas import Mode
-from fastreg.penalized import Penalized, strengths_of
+from fastreg.penalized import Penalized, learning_rate, strengths_of
 from fastreg.rules import Settings, momentum_factor
 from fastreg.selection import Impl
 from fastreg.strengths import Strength
@@ -89,7 +89,7 @@ class SGD(Penalized, torch.optim.SGD):
         factor = momentum_factor(momentum, dampening, nesterov) if group["prox"] is True else 1.0
         # torch.optim's first buffer is the gradient, whatever the dampening; here there were zeros before it.
         return Settings(
-            group["lr"], group["weight_decay"], 0.0, *strengths_of(group, number, factor),
+            learning_rate(group, number), group["weight_decay"], 0.0, *strengths_of(group, number, factor),
             momentum, 0.0 if is_first else dampening, float(nesterov),
         )  # fmt: skip
 
@@ -139,7 +139,8 @@ class Adam(Penalized, torch.optim.Adam):
         beta1, beta2 = map(float, group["betas"])
         is_decoupled = float(group["decoupled_weight_decay"])
         strengths = strengths_of(group, number)
-        return Settings(group["lr"], group["weight_decay"], is_decoupled, *strengths, beta1, beta2, group["eps"])
+        lr = learning_rate(group, number)
+        return Settings(lr, group["weight_decay"], is_decoupled, *strengths, beta1, beta2, group["eps"])
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -224,6 +224,12 @@ class Penalized(Optimizer):
         raise NotImplementedError
 
 
+def learning_rate(group: dict[str, Any], number: int) -> Strength:
+    """The lr of a group; ValueError for one that is negative, NaN or infinite."""
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else check_strength(lr, f"lr of param group {number}")
+
+
 def strengths_of(
     group: dict[str, Any], number: int, factor: float = 1.0
 ) -> tuple[Strength, Strength, Strength, Strength]:
