@@ -26,7 +26,7 @@ SWEEPS = {
     "prox": [(Mode.PROX, False)],
 }
 # By how their names begin: what moves no memory, overwrites without reading, and fills new tensors.
-FREE = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense", "item")
+FREE = ("profiler::", "prim::", "empty", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense", "item")
 WRITES_ONLY = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
 FILLS = ("ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "scalar_tensor", "arange")
 # Of PyTorch's aten/src/ATen/native/cuda/MultiTensorApply.cuh: what fits the arguments of one launch, by the number of
@@ -58,6 +58,8 @@ class Count(TorchDispatchMode):
         schema = func._schema
         name = schema.name.removeprefix("aten::")
         changed = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        if name.startswith("_fused") and not (kwargs or {}).get("grad_scale"):
+            changed.discard("grads")  # written only to unscale them
         aliases = [returned.alias_info for returned in schema.returns]
         is_view = bool(aliases) and not changed and None not in aliases
         if is_view or name.startswith(FREE):
@@ -159,6 +161,17 @@ def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
             # Two programs read all partial sums: one for the value, one for the sums of the one strength group.
             operations.append(Operation("_finish_kernel", 1, 2 * partials, 3 * 4 + 16))
     return operations
+
+
+def step_operations(weights: Weights, n_read: int, n_written: int, with_value: bool = False) -> list[Operation]:
+    """The kernels of a step of Adam, or of a proximal step after one, by the numbers it reads and writes per weight."""
+    operations, partials = [], 0
+    for n_bytes, n_chunks in launch_sizes(weights):
+        # Per chunk: its row, where its gradient and its states are, its settings, and its count of steps.
+        read = n_read * n_bytes + n_chunks * (32 + 8 + 32 + 88 + 4)
+        operations.append(Operation("_sweep_kernel", 1, read, n_written * n_bytes + n_chunks * (4 + 16 * with_value)))
+        partials += 16 * n_chunks
+    return [*operations, Operation("_finish_kernel", 1, 2 * partials, 3 * 4 + 16)] if with_value else operations
 
 
 def table(found: Sequence[Row]) -> list[str]:

@@ -17,12 +17,13 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreg
-from bench import internals, results
+from bench import internals, ledger, results
 from bench.harness import Call, Harness, quantiles
-from bench.models import DTYPES, SHAPES, from_shapes
-from bench.peers import L1, L2, Weights, prepare
+from bench.models import DTYPES, SHAPES, from_shapes, n_weights
+from bench.peers import L1, L2, Weights, prepare, zero_grads
 from bench.results import Case, table
 
 LR, BETAS, EPS = 1e-5, (0.9, 0.999), 1e-8
@@ -37,12 +38,12 @@ def torch_step(weights: Weights, **form: bool) -> Call:
     return torch.optim.AdamW(weights, LR, BETAS, EPS, weight_decay=0.0, **form).step
 
 
-def beside(peer: str, form: str) -> Callable[[Weights], Call]:
+def beside(peer: str, **form: bool) -> Callable[[Weights], Call]:
     """`peer` adds its gradient, through autograd if it knows no other way, and then torch.optim makes its step."""
 
     def method(weights: Weights) -> Call:
         tasks = prepare(peer, weights, L1, L2)
-        add, step = tasks.get("add_grad", tasks["backward"]), torch_step(weights, **{form: True})
+        add, step = tasks.get("add_grad", tasks["backward"]), torch_step(weights, **form)
 
         def call() -> None:
             add()
@@ -94,10 +95,10 @@ METHODS: dict[str, Callable[[Weights], Call]] = {
     "torch fused, fastreg attached": attached("grad"),
     "torch fused, fastreg attached, prox": attached("prox"),
     "torch fused, foreach gradient": gradient_only,
-    "torch fused, foreach": beside("foreach", "fused"),
-    "torch fused, loop": beside("loop", "fused"),
-    "torch fused, torch.cat": beside("torch.cat", "fused"),
-    "torch foreach, foreach": beside("foreach", "foreach"),
+    "torch fused, foreach": beside("foreach", fused=True),
+    "torch fused, loop": beside("loop", fused=True),
+    "torch fused, torch.cat": beside("torch.cat", fused=True),
+    "torch foreach, foreach": beside("foreach", foreach=True),
 }
 
 
@@ -206,6 +207,41 @@ def measure_host(rounds: int) -> list[Case]:
     with no_arithmetic():
         calls = {name: method(prepared(shapes, torch.float32, cpu)) for name, method in methods.items()}
         return cases_of(HOST, "float32", take_turns(calls, Harness(cpu, torch.float32), rounds, repeats=20), {})
+
+
+FORMS = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch for-loop": {"foreach": False}}
+
+
+def counted(model: str) -> dict[str, list[ledger.Operation]]:
+    """What a step launches and moves on a GPU, in float32: PyTorch's operators on fake tensors, and fastreg's plan."""
+    found: dict[str, list[ledger.Operation]] = {}
+    with FakeTensorMode():
+        weights = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in SHAPES[model]]
+        for w in weights:
+            w.grad = torch.empty_like(w)
+        for form, options in FORMS.items():
+            for peer in ("none", "foreach", "loop"):
+                call = torch_step(weights, **options) if peer == "none" else beside(peer, **options)(weights)
+                call()  # makes the states
+                found[f"{form}, {'no penalty' if peer == 'none' else peer}"] = ledger.count(call)
+    meta = from_shapes(SHAPES[model], torch.float32, "meta")
+    fused = found[ALONE]
+    zero_grads(meta)
+    found["torch fused, torch.cat"] = [*ledger.count(prepare("torch.cat", meta, L1, L2)["backward"]), *fused]
+    found["torch fused, fastreg attached"] = [*ledger.fastreg_operations("add_grad", meta), *fused]
+    found["torch fused, fastreg attached, prox"] = [*fused, *ledger.step_operations(meta, 2, 1, with_value=True)]
+    found["fastreg.optim, prox or not"] = ledger.step_operations(meta, 4, 3)
+    found["fastreg.optim, tracked"] = ledger.step_operations(meta, 4, 3, with_value=True)
+    return found
+
+
+def counted_table(model: str) -> list[str]:
+    n = n_weights(SHAPES[model])
+    rows = []
+    for method, operations in counted(model).items():
+        moved = sum(o.read + o.written for o in operations)
+        rows.append([method, f"{sum(o.launches for o in operations):,}", f"{moved / n:.2f}", f"{moved / (28 * n):.2f}"])
+    return table([model, "launches", "bytes a weight", "x 28 bytes"], rows)
 
 
 def tables(cases: Sequence[Case]) -> list[str]:

@@ -118,9 +118,9 @@ def draw(stored: dict[str, Any], path: Path) -> None:
         axes.grid(color="0.9")
     first: Any = figure.axes[0]
     first.set_ylabel("test accuracy")
-    first.set_ylim(0.75, 1)  # what is less is no model any more
+    first.set_ylim(0.75, max(r["accuracy"] for r in stored["runs"]) + 0.02)  # what is less is no model any more
     first.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    first.legend(loc="lower left")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"plot  {path}")

@@ -42,6 +42,8 @@ def apply_steps(all_works: Sequence[StepWork], *, with_value: bool = False) -> l
             _check_step(work, grads, update)
             if layout is not None:
                 layout.may_be_written = not torch.is_inference_mode_enabled()
+        if work.is_sharded:
+            grads = [as_placed(g, w) if is_dtensor(w) else g for g, w in zip(grads, work.weights, strict=True)]
         checked.append((work._replace(layout=layout), mode, grads, update, is_accepted))
     found = []
     for work, mode, grads, update, is_accepted in checked:
@@ -66,8 +68,8 @@ def _check_step(work: Work, grads: Sequence[Tensor], update: Update) -> None:
         for what, other in [("gradient", grad), *(("optimizer state", state[i]) for state in states)]:
             if is_dtensor(other) != is_dtensor(w):
                 raise TypeError(f"the {what} of parameter {name!r} is a {type(other).__name__}, unlike its weight")
-            if is_dtensor(w):
-                other = as_placed(other, w)
+            if is_dtensor(w) and what != "gradient" and other.placements != w.placements:  # type: ignore[attr-defined]
+                raise TypeError(f"the {what} of parameter {name!r} is not placed as its weight is")
             if other.dtype != w.dtype or other.device != w.device or other.shape != w.shape:
                 raise TypeError(
                     f"the {what} of parameter {name!r} is {other.dtype} {tuple(other.shape)} on {other.device} but the "

@@ -102,6 +102,28 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_collectives: int,
         for w, u in zip(weights, unsharded, strict=True):
             close(w, u)
 
+    # Proximal steps by Adam's step sizes, and steps with the penalty inside.
+    for kind, prox in (("attached", True), ("SGD", False), ("AdamW", False), ("AdamW", True)):
+        results = []
+        for ws, impl in ((weights, ranks.impl), (unsharded, "torch")):
+            if kind == "attached":
+                adam = torch.optim.Adam(ws, lr=0.01, foreach=False)
+                reg = fastreg.ElasticNet(params(ws), L1, L2, impl=impl)
+                reg.attach(adam, mode="prox")
+                adam.step()
+                results.append(reg.last)
+            else:
+                options: Any = {"momentum": 0.9} if kind == "SGD" else {}
+                inside: Any = getattr(fastreg.optim, kind)
+                optimizer = inside(ws, lr=0.01, l1=L1, l2=L2, prox=prox, track=True, impl=impl, **options)
+                optimizer.step()
+                optimizer.step()
+                results.append(optimizer.last)
+        for one, other in zip(*results, strict=True):
+            close(one, other)
+        for w, u in zip(weights, unsharded, strict=True):
+            close(w, u)
+
     # Terms that the caller sums.
     with Wire() as wire:
         found = fastreg.elastic_penalty(params(weights), L1, L2, return_terms=True, reduce=False, impl=ranks.impl)
