@@ -158,8 +158,11 @@ def no_arithmetic() -> Iterator[None]:
         yield
 
 
-def take_turns(calls: dict[str, Call], harness: Harness, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call in each round; each `repeats` times in a row."""
+Times = dict[str, list[tuple[float, float]]]
+
+
+def take_turns(calls: dict[str, Call], harness: Harness, rounds: int, repeats: int = 1) -> Times:
+    """Seconds of each call in each round, and of ALONE right before it; each `repeats` times in a row."""
 
     def repeated(call: Call) -> Call:
         def run() -> None:
@@ -168,20 +171,21 @@ def take_turns(calls: dict[str, Call], harness: Harness, rounds: int, repeats: i
 
         return run
 
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: Times = {name: [] for name in calls}
     gc.collect()
     for number in range(rounds + 2):
         for name, call in calls.items():
-            seconds = harness.seconds(repeated(call)) / repeats
-            times[name] += [seconds] if number >= 2 else []
+            before, seconds = (harness.seconds(repeated(each)) / repeats for each in (calls[ALONE], call))
+            times[name] += [(seconds, before)] if number >= 2 else []
     return times
 
 
-def cases_of(label: str, dtype: str, times: dict[str, list[float]], errors: dict[str, float]) -> list[Case]:
-    """What each method took, and in multiples of ALONE in the same round."""
+def cases_of(label: str, dtype: str, times: Times, errors: dict[str, float]) -> list[Case]:
+    """What each method took, also in multiples of ALONE right before it."""
     found = []
-    for method, seconds in times.items():
-        ratios = [one / other for one, other in zip(seconds, times[ALONE], strict=True)]
+    for method, pairs in times.items():
+        seconds = [one for one, _ in pairs]
+        ratios = [one / other for one, other in pairs]
         case: Case = {"question": "update", "task": "update", "label": label, "method": method, "dtype": dtype}
         case |= {"rounds": len(seconds), "seconds": quantiles(seconds), "ratio": quantiles(ratios)}
         found.append({**case, "status": "measured", "errors": {"step": errors.get(method, 0.0)}})

@@ -113,7 +113,8 @@ class BlockSteps:
             w, out, grad = packed.vector, found.vector, found.vector
             copy_pieces(found.parts, grads)
         if s.l1 != 0:
-            torch.add(grad, torch.sign(w, out=self._spare("spare", w)), alpha=s.l1 * scale, out=out)
+            sign = torch.sign(w, out=out if out is not grad else self._spare("spare", w))
+            torch.add(grad, sign, alpha=s.l1 * scale, out=out)
         elif out is not grad:
             out.copy_(grad)
         if slope != 0:
