@@ -13,6 +13,7 @@ from fastreg.formulas import Measure, Penalty
 from fastreg.inplace import add_gradient, apply_prox
 from fastreg.selection import Impl, Selection, check_impl, check_reduce
 from fastreg.strengths import Strength, accumulate_dtype, check_strength
+from fastreg.summary import summary_of
 from fastreg.traced import is_transformed
 from fastreg.work import Work
 
@@ -176,6 +177,10 @@ class ElasticNet:
             raise RuntimeError("this ElasticNet is attached already; call .remove() on its handle first")
         self._attachment = Attachment(optimizer, mode, metric, self._current, self._record_last)
         return self._attachment
+
+    def summary(self) -> str:
+        """A table of the weights with their strengths and exact zeros, and what is left out. Waits for the device."""
+        return summary_of(self._current(), self._params, self._filters[1])
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         # Optimizers leave their hooks behind when they are copied or pickled, and so does this.

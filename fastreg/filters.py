@@ -34,10 +34,10 @@ def filtered(
 
     Raises ValueError where `include` matches nothing or nothing is left, and warns where `exclude` matches nothing.
     """
-    included = list(map(operator.and_, trainable, _matches(include, True, candidates, modules)))
+    included = list(map(operator.and_, trainable, matches(include, True, candidates, modules)))
     if include is not None and not any(included):
         raise ValueError(f"nothing selected: {_nothing_matched('include', include, candidates, trainable)}")
-    excluded = _matches(exclude, False, candidates, modules)
+    excluded = matches(exclude, False, candidates, modules)
     # `bias_and_norm` is a rule for every model, and may find nothing in this one; all else is likely a mistake.
     if exclude not in (None, bias_and_norm) and not any(excluded) and not torch.compiler.is_compiling():
         warn_user(_nothing_matched("exclude", exclude, candidates, trainable))
@@ -50,7 +50,8 @@ def filtered(
     return chosen
 
 
-def _matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], modules: Modules) -> list[bool]:
+def matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], modules: Modules) -> list[bool]:
+    """Which candidates a filter matches; one of None includes all and excludes none."""
     if pattern is None:
         return [is_include] * len(candidates)
     predicate = _predicate(pattern, "include" if is_include else "exclude", modules)

@@ -102,6 +102,9 @@ def check_everything(ranks: Ranks, weights: list[Tensor], *, n_collectives: int,
         for w, u in zip(weights, unsharded, strict=True):
             close(w, u)
 
+    tables = [fastreg.ElasticNet(params(ws), L1, L2).summary().splitlines() for ws in (weights, unsharded)]
+    assert tables[0] == tables[1]
+
     # Proximal steps by Adam's step sizes, and steps with the penalty inside.
     for kind, prox in (("attached", True), ("SGD", False), ("AdamW", False), ("AdamW", True)):
         results = []

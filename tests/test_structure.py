@@ -21,7 +21,7 @@ LAYERS = [
     ["fastreg"],
     ["fastreg.penalty", "fastreg.elastic_net", "fastreg.optim"],
     ["fastreg.attach"],
-    ["fastreg.step_sizes"],
+    ["fastreg.step_sizes", "fastreg.summary"],
     ["fastreg.penalized"],
     ["fastreg.autograd"],
     ["fastreg.selection"],
