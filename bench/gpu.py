@@ -82,6 +82,7 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
         ]
 
     few_tests = ["tests/test_sums.py", "tests/test_cuda_graphs.py"] if small else []
+    steps = ["--models", "mnist_mlp", "--rounds", "1"] if small else ["--rounds", "20"]
     host = ["--counts", "1,6", "--rounds", "3"] if small else ["--counts", "1,6,148,600", "--rounds", "60"]
     interpreted = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
     # Memory goes back to the device when it is freed: inside of PyTorch's own pool no access to it would be noticed.
@@ -94,6 +95,7 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
         Step("replays float32", 4, replays("float32")),
         Step("float32", 20, bench("float32", "none"), told=0.85),
         Step("bfloat16", 15, bench("bfloat16", "none"), told=0.85),
+        Step("optimizers", 4, ["-m", "bench.update", *steps, *on, *out]),
         Step("host time", 4, ["-m", "bench.host", *host, *on, *out]),
         Step("replays bfloat16", 3, replays("bfloat16")),
         *(Step(f"tune {m}", 4, tune(m), interpreted) for m in (["mnist_mlp"] if small else ["resnet50", "gpt2"])),

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from bench import host, ledger
+from bench import host, ledger, update
 from bench.models import MODELS
 from bench.results import FOLDER, ROOT, Case, describe, file_name, read, table
 
@@ -76,6 +76,14 @@ to the gradients. On cpu the methods compute, except *{host.STUBBED}*: the Trito
 nothing. On cuda a time ends when the call returns.
 """
 
+UPDATE = f"""
+By `python -m bench.update`: one step of AdamW with a penalty in it or beside it, in multiples of torch.optim's fused
+step without a penalty, which runs right before each. *prox* shrinks after the step, all others add a gradient before
+it; *gradient* is the least that foreach operators can do, without a value. The last column is how long a step of
+{update.HOST_TENSORS} tensors of {update.HOST_NUMEL} weights keeps the host: fastreg's on the Triton path, whose
+launches do nothing, and PyTorch's, whose fused operator reads its arguments and does nothing, and which counts no steps.
+"""
+
 
 def report(found: Sequence[dict[str, Any]], images: Path) -> str:
     """The document; its figures are written to `images`."""
@@ -84,8 +92,13 @@ def report(found: Sequence[dict[str, Any]], images: Path) -> str:
         rows = [[model, *[NOT_MEASURED] * 4] for model in MODELS]
         lines += ["", "## GPU", "", *table(["model", "value", "backward", "add_grad", "prox"], rows)]
     for result in found:
-        lines += [] if _is_host(result) else _device(result, images)
-    if hosts := [result for result in found if _is_host(result)]:
+        lines += [] if _is(result, "host") or _is(result, "update") else _device(result, images)
+    if updates := [result for result in found if _is(result, "update")]:
+        lines += ["", "## A step with the penalty inside", UPDATE]
+        for result in updates:
+            dtype = result["cases"][0]["dtype"]
+            lines += ["", f"{dtype}; {describe(result['environment'])}.", "", *update.tables(result["cases"])]
+    if hosts := [result for result in found if _is(result, "host")]:
         lines += ["", "## Host time", HOST_TIME]
         for result in hosts:
             lines += ["", f"{describe(result['environment'])}.", "", *host.tables(result["cases"])]
@@ -141,6 +154,9 @@ def _counted(images: Path) -> Iterator[str]:
     yield "floor is one pass for the value, three for a gradient, two for the proximal step. Nothing here was timed."
     rows = ledger.rows(LEDGER_MODELS)
     yield from ("", *ledger.table(rows), "")
+    yield from ("A step of AdamW, which moves 28 bytes a weight without any penalty, by `bench.update`:", "")
+    for model in LEDGER_MODELS:
+        yield from (*update.counted_table(model), "")
     source = f"Counted without a device, float32; PyTorch {torch.__version__}"
     for model in LEDGER_MODELS:
         file, text = images / f"ledger-{model}", f"Launches and passes of each method on {model}"
@@ -213,11 +229,12 @@ def readme_block(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _has_gpu(found: Sequence[dict[str, Any]]) -> bool:
-    return any(result["environment"]["device_type"] == "cuda" and not _is_host(result) for result in found)
+    is_device = [not _is(result, "host") and not _is(result, "update") for result in found]
+    return any(r["environment"]["device_type"] == "cuda" and each for r, each in zip(found, is_device, strict=True))
 
 
-def _is_host(result: dict[str, Any]) -> bool:
-    return bool(result["cases"][0]["question"] == "host")
+def _is(result: dict[str, Any], question: str) -> bool:
+    return bool(result["cases"][0]["question"] == question)
 
 
 def _unique(names: Iterable[str]) -> list[str]:
