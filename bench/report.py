@@ -81,7 +81,8 @@ By `python -m bench.update`: one step of AdamW with a penalty in it or beside it
 step without a penalty, which runs right before each. *prox* shrinks after the step, all others add a gradient before
 it; *gradient* is the least that foreach operators can do, without a value. The last column is how long a step of
 {update.HOST_TENSORS} tensors of {update.HOST_NUMEL} weights keeps the host: fastreg's on the Triton path, whose
-launches do nothing, and PyTorch's, whose fused operator reads its arguments and does nothing, and which counts no steps.
+launches do nothing, and PyTorch's, whose fused operator reads its arguments and does nothing, and which counts no
+steps.
 """
 
 

@@ -2,13 +2,19 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import fastreg
 
+STEPS: list[tuple[Any, dict[str, Any]]] = [
+    (fastreg.optim.SGD, {}),
+    (fastreg.optim.SGD, {"momentum": 0.5}),
+    (fastreg.optim.AdamW, {}),
+    (fastreg.optim.Adam, {"amsgrad": True}),
+]
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,8 +42,18 @@ def sweep(device: str, impl: Literal["triton", "torch"] | None = None) -> float:
             (reg() * 0.5).backward()
         hook.remove()
         optimizer = torch.optim.SGD(weights, lr=0.1)
-        reg.attach(optimizer, mode="prox")
+        handle = reg.attach(optimizer, mode="prox")
         optimizer.step()
+        handle.remove()
+        adam = torch.optim.Adam(weights, lr=0.1)
+        handle = reg.attach(adam, mode="prox")
+        adam.step()
+        handle.remove()
+        for track in (False, True):
+            for kind, options in STEPS:
+                inside = kind(weights, lr=0.1, l1=0.1, l2=0.5, prox=track, track=track, impl=impl, **options)
+                inside.step()
+                inside.step()
     return total
 
 

@@ -42,17 +42,18 @@ def _times(value, address, is_double, index):
 
 
 @triton.jit
-def _load(ptr, offset, mask, COMPUTE: tl.constexpr):
-    return (tl.load(ptr + offset) if mask is None else tl.load(ptr + offset, mask=mask, other=0.0)).to(COMPUTE)
+def _load(ptr, first, lane, mask, COMPUTE: tl.constexpr):
+    ptrs = ptr + first + lane
+    return (tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)).to(COMPUTE)
 
 
 @triton.jit
-def _store(ptr, offset, mask, values):
-    tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
+def _store(ptr, first, lane, mask, values):
+    tl.store(ptr + first + lane, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _sweep_block(pointers, offset, mask, numbers, sums, lost, MODE: tl.constexpr, SUM_DTYPE: tl.constexpr):
+def _sweep_block(pointers, start, lane, mask, numbers, sums, lost, MODE: tl.constexpr, SUM_DTYPE: tl.constexpr):
     """One block: reads w, adds to the sums and does what MODE asks, or nothing of both where it does not suit pairs.
 
     Returns the sums, what they lost, and whether it was done.
@@ -60,16 +61,16 @@ def _sweep_block(pointers, offset, mask, numbers, sums, lost, MODE: tl.constexpr
     weight_ptr, grad_ptr, first_ptr, second_ptr, third_ptr = pointers
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    w = _load(weight_ptr, offset, mask, COMPUTE)
+    w = _load(weight_ptr, start, lane, mask, COMPUTE)
     old, first, second, third = w, w, w, w
     if MODE == "accumulate" or _is_step(MODE):
-        old = _load(grad_ptr, offset, mask, COMPUTE)
+        old = _load(grad_ptr, start, lane, mask, COMPUTE)
     if _has_state(MODE, 1):
-        first = _load(first_ptr, offset, mask, COMPUTE)
+        first = _load(first_ptr, start, lane, mask, COMPUTE)
     if _has_state(MODE, 2):
-        second = _load(second_ptr, offset, mask, COMPUTE)
+        second = _load(second_ptr, start, lane, mask, COMPUTE)
     if _has_state(MODE, 3):
-        third = _load(third_ptr, offset, mask, COMPUTE)
+        third = _load(third_ptr, start, lane, mask, COMPUTE)
     is_done = True
     if SUM_DTYPE is not None:
         block_sums, block_lost = _block_sums(w.to(SUM_DTYPE), DTYPE, sums.shape[0])
@@ -79,23 +80,23 @@ def _sweep_block(pointers, offset, mask, numbers, sums, lost, MODE: tl.constexpr
         if SUM_DTYPE is not None:
             sums, lost = _add(sums, lost, block_sums, block_lost)
         if MODE == "prox":
-            _store(weight_ptr, offset, mask, _prox(w, numbers[0], numbers[1]))
+            _store(weight_ptr, start, lane, mask, _prox(w, numbers[0], numbers[1]))
         elif MODE == "adam_prox" or _is_step(MODE):
             w, first, second, third = _step(w, old, first, second, third, numbers[0], numbers[1], MODE, DTYPE)
             written = mask if mask is None else mask & (numbers[2] != 0)
-            _store(weight_ptr, offset, written, w)
+            _store(weight_ptr, start, lane, written, w)
             if _is_step(MODE) and _has_state(MODE, 1):
-                _store(first_ptr, offset, written, first)
+                _store(first_ptr, start, lane, written, first)
             if _is_step(MODE) and _has_state(MODE, 2):
-                _store(second_ptr, offset, written, second)
+                _store(second_ptr, start, lane, written, second)
             if _has_state(MODE, 3):
-                _store(third_ptr, offset, written, third)
+                _store(third_ptr, start, lane, written, third)
         elif MODE != "value":
             grad = _gradient(w, numbers[0], numbers[1])
             if MODE == "accumulate":
                 # Rounded before the addition, as autograd's own accumulation does: the two ways give the same bits.
                 grad = old + grad.to(DTYPE).to(COMPUTE)
-            _store(grad_ptr, offset, mask, grad)
+            _store(grad_ptr, start, lane, mask, grad)
     return sums, lost, is_done
 
 
@@ -113,7 +114,7 @@ def _sweep_blocks(
     while (block * BLOCK < end) & is_done:
         first = block * BLOCK
         mask = None if ARE_FULL else lane < count - first
-        sums, lost, is_done = _sweep_block(pointers, first + lane, mask, numbers, sums, lost, MODE, SUM_DTYPE)
+        sums, lost, is_done = _sweep_block(pointers, first, lane, mask, numbers, sums, lost, MODE, SUM_DTYPE)
         block += tl.where(is_done, 1, 0)
     return block, sums, lost
 
