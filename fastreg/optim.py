@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fastreg.formulas import Mode
-from fastreg.penalized import Penalized, learning_rate, strengths_of
+from fastreg.options import learning_rate, strengths_of
+from fastreg.penalized import Penalized
 from fastreg.rules import Settings, momentum_factor
 from fastreg.selection import Impl
 from fastreg.strengths import Strength

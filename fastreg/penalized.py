@@ -120,8 +120,14 @@ class Penalized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        works = self._works()
+        works, new_states = self._works()
         found = apply_steps(works, with_value=self._track) if works else []
+        if new_states:
+            # States of a step that was not made, because of infinite gradients, are no states. Once, this waits.
+            found_inf = getattr(self, "found_inf", None)
+            if found_inf is None or not found_inf.item():
+                for p, state in new_states:
+                    self.state[p] = state
         if self._track:
             penalties = [each.penalty for each in found if each is not None]
             if penalties:
@@ -131,12 +137,13 @@ class Penalized(Optimizer):
                 )
         return loss
 
-    def _works(self) -> list[StepWork]:
+    def _works(self) -> tuple[list[StepWork], list[tuple[Tensor, dict[str, Any]]]]:
+        """The steps to make, and the states of parameters that make their first."""
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
         has_grad = [grad is not None for grad in grads]
         options = [(len(group["params"]), self._mode(group)) for group in self.param_groups]
-        plan = self._plan
+        plan, new_states = self._plan, []
         if (
             plan is None
             or torch.compiler.is_compiling()
@@ -146,16 +153,16 @@ class Penalized(Optimizer):
             or len(self.state) != len(plan.states)
             or not all(map(operator.is_, self.state.values(), plan.states))
         ):
-            kinds, has_first = self._new_kinds()
+            kinds, new_states = self._new_kinds()
             # After a first step other settings hold.
             plan = Plan(params, has_grad, options, list(self.state.values()), kinds)
-            self._plan = None if has_first or torch.compiler.is_compiling() else plan
+            self._plan = None if new_states or torch.compiler.is_compiling() else plan
         if len(plan.kinds) == 1 and all(has_grad):
-            return [self._work_of(plan.kinds[0], grads)]
-        return [self._work_of(kind, [p.grad for p in kind.params]) for kind in plan.kinds]
+            return [self._work_of(plan.kinds[0], grads)], new_states
+        return [self._work_of(kind, [p.grad for p in kind.params]) for kind in plan.kinds], new_states
 
-    def _new_kinds(self) -> tuple[list[Kind], bool]:
-        """The parameters that have gradients, with states, new where there were none; whether any step is a first."""
+    def _new_kinds(self) -> tuple[list[Kind], list[tuple[Tensor, dict[str, Any]]]]:
+        """The parameters that have gradients, with their states, and the new ones of those that had none."""
         stepped = [
             (group["param_names"][i] if "param_names" in group else f"groups[{number}].params[{i}]", p, number)
             for number, group in enumerate(self.param_groups)
@@ -164,20 +171,23 @@ class Penalized(Optimizer):
         ]
         check_kinds([name for name, _, _ in stepped], [p for _, p, _ in stepped])
         kinds: dict[Mode, Kind] = {}
+        new_states: list[tuple[Tensor, dict[str, Any]]] = []
         is_sharded = any_dtensor([p for _, p, _ in stepped])
         for name, p, number in stepped:
             mode = self._mode(self.param_groups[number])
             kind = kinds.setdefault(mode, Kind(mode, [], [], [], [], [], is_sharded))
-            # What has no names for states keeps none.
-            state: dict[str, Any] = self.state[p] if self._state_names(mode) else {}
-            row = number, self._fill(state, p, mode)
+            state = self._state_of(p, mode)
+            old = self.state.get(p, {})
+            if state is not old and state:
+                new_states.append((p, state))
+            row = number, "momentum_buffer" in state and not isinstance(old.get("momentum_buffer"), Tensor)
             if row not in kind.rows:
                 kind.rows.append(row)
             kind.names.append(name)
             kind.params.append(p)
             kind.states.append(state)
             kind.row_of.append(kind.rows.index(row))
-        return list(kinds.values()), any(is_first for kind in kinds.values() for _, is_first in kind.rows)
+        return list(kinds.values()), new_states
 
     def _work_of(self, kind: Kind, grads: list[Any]) -> StepWork:
         groups = [self.param_groups[i] for i, _ in kind.rows]
@@ -195,20 +205,21 @@ class Penalized(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return StepWork(work, kind.mode, grads, Update(settings, (first, second, third), steps, scale, found_inf))
 
-    def _fill(self, state: dict[str, Any], p: Tensor, mode: Mode) -> bool:
-        """Puts into `state` what is not there yet, as torch.optim's fused form does. Returns whether that was all."""
+    def _state_of(self, p: Tensor, mode: Mode) -> dict[str, Any]:
+        """The state of `p` if it has all that the mode needs, else a new one, with zeros as torch.optim begins."""
         names = self._state_names(mode)
-        is_first = bool(names) and names[-1] not in state
+        old: dict[str, Any] = self.state.get(p, {})
+        if all(isinstance(old.get(name), Tensor) for name in names) and _is_counter(old.get("step"), p):
+            return old
+        state = dict(old)
         with torch.inference_mode(False):
             for name in names:
-                if name != "step":
-                    if state.get(name) is None:
-                        state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                    continue
-                step = state.get(name, 0.0)
-                if not (isinstance(step, Tensor) and step.device == p.device and step.dtype == torch.float32):
+                if name == "step":
+                    step = old.get(name, 0.0)
                     state[name] = torch.as_tensor(step, dtype=torch.float32).to(p.device, copy=True)
-        return is_first
+                elif not isinstance(old.get(name), Tensor):
+                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
 
     # What differs from one optimizer to another.
 
@@ -224,21 +235,8 @@ class Penalized(Optimizer):
         raise NotImplementedError
 
 
-def learning_rate(group: dict[str, Any], number: int) -> Strength:
-    """The lr of a group; ValueError for one that is negative, NaN or infinite."""
-    lr = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else check_strength(lr, f"lr of param group {number}")
-
-
-def strengths_of(
-    group: dict[str, Any], number: int, factor: float = 1.0
-) -> tuple[Strength, Strength, Strength, Strength]:
-    """l1 and l2 for the gradient, and times `factor` for the proximal step: one pair of both is 0."""
-    if group.get("maximize"):
-        raise ValueError("maximize=True would reward the penalty; minimize -loss instead")
-    if group.get("differentiable"):
-        raise ValueError("differentiable=True is not supported: the step is one operation without a derivative")
-    l1, l2 = (check_strength(group[name], f"{name} of param group {number}") for name in ("l1", "l2"))
-    if not isinstance(group["prox"], bool):
-        raise TypeError(f"prox of param group {number} must be True or False, got {group['prox']!r}")
-    return (0.0, 0.0, l1 * factor, l2 * factor) if group["prox"] else (l1, l2, 0.0, 0.0)
+def _is_counter(step: object, p: Tensor) -> bool:
+    """Whether kernels can count steps in it; what has no counter needs none."""
+    if step is None:
+        return True
+    return isinstance(step, Tensor) and step.device == p.device and step.dtype == torch.float32

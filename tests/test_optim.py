@@ -173,6 +173,30 @@ def test_a_skipped_step_changes_nothing(prox: bool) -> None:
 
 
 @everywhere
+def test_a_first_step_that_was_not_made_counts_for_nothing(kind: str, options: Any) -> None:
+    """Neither one that GradScaler skips nor one that raises; the next one starts the momentum, undamped."""
+    found = []
+    for way in ("none", "skipped", "raises"):
+        model = net()
+        optimizer = ours(kind, model, **options)
+        scaler = GradScaler("cpu", init_scale=1024.0)
+        if way == "skipped":
+            handle = next(model.parameters()).register_hook(lambda grad: grad * torch.inf)
+            take(model, optimizer, 9, scaler)
+            handle.remove()
+        elif way == "raises":
+            loss_of(model, 9).backward()
+            model[2].weight.grad = torch.zeros(1, 7).to_sparse()
+            with pytest.raises(RuntimeError, match="is sparse"):
+                optimizer.step()
+        assert not optimizer.state
+        for number in range(3):
+            take(model, optimizer, number)
+        found.append(bits(*model.parameters()))
+    assert found[0] == found[1] == found[2]
+
+
+@everywhere
 def test_a_scaled_step_is_the_step(kind: str, options: Any) -> None:
     """Unscaled inside, or before by `unscale_` and then clipped; .grad stays as it was."""
     model, other, clipped = net(), net(), net()

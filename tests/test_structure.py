@@ -22,7 +22,7 @@ LAYERS = [
     ["fastreg.penalty", "fastreg.elastic_net", "fastreg.optim"],
     ["fastreg.attach"],
     ["fastreg.step_sizes", "fastreg.summary"],
-    ["fastreg.penalized"],
+    ["fastreg.penalized", "fastreg.options"],
     ["fastreg.autograd"],
     ["fastreg.selection"],
     ["fastreg.filters"],
