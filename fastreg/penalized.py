@@ -143,7 +143,8 @@ class Penalized(Optimizer):
         grads = [p.grad for p in params]
         has_grad = [grad is not None for grad in grads]
         options = [(len(group["params"]), self._mode(group)) for group in self.param_groups]
-        plan, new_states = self._plan, []
+        plan = self._plan
+        new_states: list[tuple[Tensor, dict[str, Any]]] = []
         if (
             plan is None
             or torch.compiler.is_compiling()
