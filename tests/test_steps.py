@@ -109,11 +109,12 @@ def optimizer_of(kind: str, params: Any, path: Path, **options: Any) -> Any:
 def test_steps_against_numpy(path: Path, rule: str, dtype: torch.dtype) -> None:
     """Without a penalty, with its gradient and with proximal steps, for several steps, with late first gradients."""
     kind, options = RULES[rule]
-    for name, penalty in PENALTIES.items():
+    is_slow = path == ("triton", "cpu")
+    for name in ("gradient", "elastic prox") if is_slow else PENALTIES:
         weights = weights_of(dtype, path[1])
-        given = {**options, **penalty}
+        given = {**options, **PENALTIES[name]}
         optimizer = optimizer_of(kind, weights, path, **given)
-        for number in range(4):
+        for number in range(3 if is_slow else 4):
             give_gradients(weights, number)
             if number == 0:
                 weights[3].grad = weights[7].grad = None
