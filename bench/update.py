@@ -199,7 +199,8 @@ def measure(model: str, dtype: str, device: torch.device, rounds: int) -> list[C
     if wrong := {method: each for method, each in errors.items() if not each <= TOLERANCE}:
         raise RuntimeError(f"not timed, as steps are wrong: {wrong}")
     harness = Harness(device, DTYPES[dtype])
-    calls = {method: METHODS[method](prepared(shapes, DTYPES[dtype], device)) for method in METHODS}
+    weights = prepared(shapes, DTYPES[dtype], device)  # the same for all, which only have states of their own
+    calls = {name: method(weights) for name, method in METHODS.items()}
     return cases_of(model, dtype, take_turns(calls, harness, rounds), errors)
 
 
