@@ -87,7 +87,8 @@ class SGD(Penalized, torch.optim.SGD):
 
     def _settings(self, group: dict[str, Any], number: int, is_first: bool) -> Settings:
         momentum, dampening, nesterov = group["momentum"], group["dampening"], group["nesterov"]
-        factor = momentum_factor(momentum, dampening, nesterov) if group["prox"] is True else 1.0
+        has_prox = group["prox"] is True and any(isinstance(s, Tensor) or s != 0 for s in (group["l1"], group["l2"]))
+        factor = momentum_factor(momentum, dampening, nesterov) if has_prox else 1.0
         # torch.optim's first buffer is the gradient, whatever the dampening; here there were zeros before it.
         return Settings(
             learning_rate(group, number), group["weight_decay"], 0.0, *strengths_of(group, number, factor),

@@ -63,6 +63,7 @@ def test_momentum_from_one_on_has_no_proximal_step() -> None:
     with pytest.raises(ValueError, match="a proximal step needs momentum < 1"):
         fastreg.optim.SGD(net().parameters(), momentum=1.0, l1=0.1, prox=True)
     fastreg.optim.SGD(net().parameters(), momentum=1.0, l1=0.1)
+    fastreg.optim.SGD(net().parameters(), momentum=1.0, prox=True)
 
 
 def change_option(name: str, value: Any) -> Callable[[Any, nn.Module], object]:
