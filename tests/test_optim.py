@@ -296,7 +296,8 @@ def test_counters_changed_by_others_are_seen(path: Path) -> None:
         counted = [float(optimizer.state[w]["step"]) if w in optimizer.state else 0.0 for w in weights]
         assert counted == expected
 
-    step(0, 1)
+    for _ in range(3):  # by the kernel's own counters
+        step(0, 1)
     step(0)
     step(0, 1)
     step(1)
