@@ -1,9 +1,10 @@
 """Attaching a penalty to an optimizer: before every step its gradient, or after every step its proximal step."""
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from fastreg.work import Work
 _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
 
 
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = dict[str, Any]
+
+
 class Attachment:
     """A penalty that an optimizer applies at every step, until `remove()`.
 
@@ -35,8 +40,8 @@ class Attachment:
         current: Callable[[], Work],
         publish: Callable[[Measure | None], None],
     ) -> None:
-        # Wrappers such as Accelerate's have hooks of their own, which never run.
-        while "optimizer" in getattr(optimizer, "__dict__", ()) and isinstance(optimizer.optimizer, Optimizer):
+        # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
+        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = optimizer.optimizer
         _check(optimizer, mode, metric)
         by = metric or "optimizer"
@@ -53,12 +58,7 @@ class Attachment:
                 "applied at every step; remove() one of them, or let them select different parameters"
             )
 
-        def add(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if any(arg is not None for arg in (*args[1:], kwargs.get("closure"))):
-                raise RuntimeError(
-                    "optimizer.step(closure) computes the gradients anew after the penalty's was added; add the "
-                    'penalty to the loss in the closure, or attach it with mode="prox"'
-                )
+        def add(optimizer: Optimizer) -> None:
             work = current()
             membership.groups(optimizer, work)
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
@@ -66,19 +66,42 @@ class Attachment:
             with torch.no_grad():
                 publish(add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale)))
 
-        def check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def add_before(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
+            if _is_inner_step(optimizer):
+                return None
+            closure = _closure_of(args, kwargs)
+            if closure is None:
+                add(optimizer)
+                return None
+            membership.groups(optimizer, current())  # raises before the closure, which may take long
+            computing = ClosureWithGradient(closure, optimizer, add)
+            args = tuple(computing if arg is closure else arg for arg in args)
+            return args, {key: computing if arg is closure else arg for key, arg in kwargs.items()}
+
+        def check_added(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+            closure = _closure_of(args, kwargs)
+            if isinstance(closure, ClosureWithGradient) and not closure.was_called:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step(closure) did not call its closure, after which the penalty's "
+                    "gradient would have been added: this step was made without it; call step() without a closure"
+                )
+
+        def check(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+            if _is_inner_step(optimizer):
+                return
             membership.groups(optimizer, current())  # raises before the step, not half way
             check_metric(optimizer, by)
 
-        def shrink(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def shrink(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+            if _is_inner_step(optimizer):
+                return
             work = current()
             groups = membership.groups(optimizer, work)
             with torch.no_grad():
                 publish(_shrink(optimizer, work, groups, by))
 
-        self._hooks = [optimizer.register_step_pre_hook(add if mode == "grad" else check)]
-        if mode == "prox":
-            self._hooks.append(optimizer.register_step_post_hook(shrink))
+        before, after = (add_before, check_added) if mode == "grad" else (check, shrink)
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
 
     @property
@@ -91,6 +114,44 @@ class Attachment:
         while self._hooks:
             self._hooks.pop().remove()
         self._weight_ids.clear()
+
+
+class ClosureWithGradient:
+    """A closure of `step`, and the penalty's gradient added to those that it computes."""
+
+    def __init__(self, closure: Callable[[], Any], optimizer: Optimizer, add: Callable[[Optimizer], None]) -> None:
+        self._closure, self._optimizer, self._add = closure, optimizer, add
+        self.was_called = False
+
+    def __call__(self) -> Any:
+        """Calls the closure; raises RuntimeError when called again."""
+        if self.was_called:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} calls its closure several times a step, and may compare the losses, "
+                "which lack the penalty: add the penalty to the loss in the closure"
+            )
+        self.was_called = True
+        result = self._closure()
+        self._add(self._optimizer)
+        return result
+
+
+def _closure_of(args: Arguments, kwargs: Keywords) -> Any:
+    """The closure among the arguments of `step`, or None."""
+    return next(filter(callable, (*args[1:], kwargs.get("closure"))), None)
+
+
+def _is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether a hook runs for a `super().step()`: PyTorch calls the hooks for it as well as for the whole step."""
+    if torch.compiler.is_compiling():
+        return False
+    caller = sys._getframe(2)
+    outer = caller.f_back
+    while outer is not None:
+        if outer.f_code is caller.f_code and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
 
 
 def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Measure | None:

@@ -167,7 +167,7 @@ class ElasticNet:
                 in mode "grad"; in mode "prox", also later from step(), a param group without lr or with a negative one,
                 an optimizer whose steps are not known, momentum from 1 on, or one that keeps copies of the weights.
             TypeError: not an optimizer; LBFGS, which needs the penalty in its loss; SparseAdam, in mode "grad".
-            RuntimeError: attached already; later, from step(), a closure in mode "grad".
+            RuntimeError: attached already; later, from step(), a closure that is not called once, in mode "grad".
 
         Warns:
             UserWarning: another penalty of the same weights is attached to the optimizer; later, from backward, this

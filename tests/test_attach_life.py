@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import LBFGS, SGD
 
-from fastreg import ElasticNet
+from fastreg import ElasticNet, elastic_penalty
 from tests.helpers import bits
 from tests.training import L1, L2, MAKERS, MODES, attached, by_hand, loss_of, net, plain, train
 
@@ -30,14 +31,108 @@ def test_a_closure_in_prox_mode() -> None:
     assert bits(*other.parameters()) == expected
 
 
-@pytest.mark.parametrize("args", [((lambda: 0.0,), {}), ((), {"closure": lambda: 0.0})], ids=["argument", "keyword"])
-def test_a_closure_in_grad_mode(args: Any) -> None:
-    model, optimizer, _ = attached("grad")
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_closure_gets_the_gradient_when_it_is_done(name: str, by_keyword: bool) -> None:
+    model, maker = net(), MAKERS[name]
+    expected = by_hand("grad", model, maker(model.parameters()))
+    other, optimizer, reg = attached("grad", maker)
+    n_calls = 0
+    for batch in range(4):
+
+        def closure(batch: int = batch) -> Tensor:
+            nonlocal n_calls
+            n_calls += 1
+            optimizer.zero_grad()
+            loss = loss_of(other, batch)
+            loss.backward()
+            clip_grad_norm_(other.parameters(), 1e6)  # which comes before the penalty, and clips nothing here
+            return loss
+
+        expected_loss = loss_of(other, batch).detach()
+        penalty = elastic_penalty(other, L1, L2).detach()
+        loss = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+        assert torch.equal(loss, expected_loss), "the closure's own result comes back"
+        assert reg.last is not None
+        assert torch.equal(reg.last.total, penalty)
+    assert n_calls == 4
+    assert bits(*other.parameters()) == expected
+
+
+def test_two_penalties_and_a_closure() -> None:
+    model, other = net(), net()
+    expected = by_hand("grad", model, plain(model.parameters()), steps=1)
+    optimizer = plain(other.parameters())
+    first = ElasticNet(other, L1, L2, include=r"^0\.")
+    second = ElasticNet(other, L1, L2, exclude=r"^0\.")
+    first.attach(optimizer)
+    second.attach(optimizer)
+    optimizer.step(lambda: loss_of(other, 0).backward())
+    assert bits(*other.parameters()) == expected
+
+
+class Impatient(SGD):
+    """Calls its closure as often as it is told."""
+
+    n_calls = 2
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(self.n_calls):
+            with torch.enable_grad():
+                closure()
+        return super().step()
+
+
+@pytest.mark.parametrize(("n_calls", "message"), [(0, "did not call its closure"), (2, "several times a step")])
+def test_closures_that_are_not_called_once(n_calls: int, message: str) -> None:
+    model = net()
+    optimizer = Impatient(model.parameters(), lr=0.1)
+    optimizer.n_calls = n_calls
+    ElasticNet(model, L1, L2).attach(optimizer)
     loss_of(model, 0).backward()
-    before = bits(*model.parameters(), *(p.grad for p in model.parameters()))
-    with pytest.raises(RuntimeError, match='add the penalty to the loss in the closure, or attach it with mode="prox"'):
-        optimizer.step(*args[0], **args[1])
-    assert bits(*model.parameters(), *(p.grad for p in model.parameters())) == before
+    with pytest.raises(RuntimeError, match=rf"Impatient.* {message}"):
+        optimizer.step(lambda: loss_of(model, 0).backward())
+
+
+def test_an_error_in_a_closure_is_raised_and_the_next_step_is_whole() -> None:
+    model, other = net(), net()
+    expected = by_hand("grad", model, plain(model.parameters()), steps=1)
+    optimizer = plain(other.parameters())
+    ElasticNet(other, L1, L2).attach(optimizer)
+
+    def broken() -> None:
+        raise KeyError("data")
+
+    with pytest.raises(KeyError, match="data"):
+        optimizer.step(broken)
+    optimizer.step(lambda: loss_of(other, 0).backward())
+    assert bits(*other.parameters()) == expected
+
+
+class Inherited(SGD):
+    """Makes its parent's step, in which PyTorch runs all hooks once more where a parent exists already."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_calls_its_parents_step_is_one_step(mode: Any, with_closure: bool) -> None:
+    model, other = net(), net()
+    expected = by_hand(mode, model, plain(model.parameters()), steps=1)
+    optimizer = Inherited(other.parameters(), lr=0.1)
+    n_pre: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: n_pre.append(1))
+    ElasticNet(other, L1, L2).attach(optimizer, mode, metric="lr" if mode == "prox" else None)
+    if with_closure:
+        optimizer.step(lambda: loss_of(other, 0).backward())
+    else:
+        loss_of(other, 0).backward()
+        optimizer.step()
+    assert bits(*other.parameters()) == expected
+    assert len(n_pre) == 2, "PyTorch calls hooks once only now: _is_inner_step can go"
 
 
 @pytest.mark.parametrize("mode", MODES)

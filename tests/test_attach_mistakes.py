@@ -32,6 +32,23 @@ class Wrapper(Optimizer):
         self.optimizer.step(closure)
 
 
+class Proxy(SGD):
+    """Like Lightning's LightningOptimizer: passes for the optimizer's own class, and asks it for all attributes."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, closure: Any = None) -> Any:
+        return self._optimizer.step(closure)
+
+
 class NoLr(Optimizer):
     """Steps by a fixed size."""
 
@@ -44,15 +61,16 @@ class NoLr(Optimizer):
             p.sub_(p.grad, alpha=0.1)
 
 
-@pytest.mark.parametrize("n_wrappers", [1, 2])
+@pytest.mark.parametrize("wrappers", [[Wrapper], [Wrapper, Wrapper], [Proxy]])
 @pytest.mark.parametrize("mode", MODES)
-def test_wrapped_optimizer_steps_with_the_penalty(mode: Any, n_wrappers: int) -> None:
+def test_wrapped_optimizer_steps_with_the_penalty(mode: Any, wrappers: list[Any]) -> None:
     model, other = net(), net()
-    optimizer: Any = plain(model.parameters())
-    for _ in range(n_wrappers):
-        optimizer = Wrapper(optimizer)
+    inner = optimizer = plain(model.parameters())
+    for wrapper in wrappers:
+        optimizer = wrapper(optimizer)
     reg = ElasticNet(model, L1, L2)
     handle = reg.attach(optimizer, mode)
+    assert handle._optimizer() is inner, "the one whose step and state count"
     assert train(model, optimizer) == by_hand(mode, other, plain(other.parameters()))
     handle.remove()
     without = train(model, optimizer, steps=1)
