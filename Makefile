@@ -51,6 +51,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy tests/test_types.py
 
 wheel: $(STAMP)  ## build the wheel and import it in a clean environment
 	rm -rf dist build

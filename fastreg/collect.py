@@ -3,12 +3,21 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
 from fastreg.strengths import Strength, check_strength
 
+# What may be penalised: a module, a tensor, tensors with or without names, or groups as optimizers take them.
+Params: TypeAlias = (
+    nn.Module
+    | Tensor
+    | Iterable[Tensor]
+    | Iterable[tuple[str, Tensor]]
+    | Mapping[str, Any]
+    | Iterable[Mapping[str, Any]]
+)
 OwnStrengths = tuple[Strength | None, Strength | None]  # a group's l1 and l2; None is the call's
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastreg.attach import Attachment
 from fastreg.autograd import penalty_of
-from fastreg.collect import copied
+from fastreg.collect import Params, copied
 from fastreg.filters import Filter
 from fastreg.formulas import Measure, Penalty
 from fastreg.inplace import add_gradient, apply_prox
@@ -51,7 +51,7 @@ class ElasticNet:
 
     def __init__(
         self,
-        params: Any,
+        params: Params,
         l1: Strength = 0.0,
         l2: Strength = 0.0,
         *,
@@ -76,12 +76,12 @@ class ElasticNet:
 
     @classmethod
     def from_alpha(
-        cls, params: Any, alpha: float, l1_ratio: float,
+        cls, params: Params, alpha: float, l1_ratio: float,
         *, include: Filter = None, exclude: Filter = None, impl: Impl = None,
     ) -> "ElasticNet":  # fmt: skip
-        """The same in scikit-learn's parametrisation: l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
+        """As scikit-learn's ElasticNet (its documentation): l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
 
-        Source: the documentation of sklearn.linear_model.ElasticNet. ValueError: alpha < 0, l1_ratio outside [0, 1].
+        Raises ValueError for alpha < 0 and for l1_ratio outside [0, 1].
         """
         alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
         if not isinstance(ratio, Tensor) and ratio > 1:
@@ -111,6 +111,8 @@ class ElasticNet:
     def __call__(self, *, return_terms: Literal[False] = False, reduce: bool = True) -> Tensor: ...
     @overload
     def __call__(self, *, return_terms: Literal[True], reduce: bool = True) -> Penalty: ...
+    @overload
+    def __call__(self, *, return_terms: bool, reduce: bool = True) -> Tensor | Penalty: ...
     def __call__(self, *, return_terms: bool = False, reduce: bool = True) -> Tensor | Penalty:
         """The penalty of the weights as they are now; see `elastic_penalty`."""
         work = self._current()
@@ -196,9 +198,8 @@ class ElasticNet:
 
     def __repr__(self) -> str:
         weights = self._selection.weights
-        n_elements = sum(w.numel() for w in weights)
         l1, l2 = ("tensor" if isinstance(s, Tensor) else s for s in self._strengths)
-        return f"ElasticNet({len(weights)} tensors, {n_elements} weights, l1={l1}, l2={l2})"
+        return f"ElasticNet({len(weights)} tensors, {sum(w.numel() for w in weights)} weights, l1={l1}, l2={l2})"
 
     def _record_last(self, measured: Measure | None) -> None:
         self.last = _penalty(measured)

@@ -13,12 +13,13 @@ l2 = alpha * (1 - l1_ratio) / 2.
 The proximal operator is the closed form in Parikh and Boyd, Proximal Algorithms (2014), section 6.5.3.
 """
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastreg.autograd import penalty_of
+from fastreg.collect import Params
 from fastreg.dtensor import local_shards
 from fastreg.filters import Filter
 from fastreg.formulas import Penalty
@@ -30,16 +31,20 @@ from fastreg.strengths import Strength, check_strength
 
 # fmt: off
 @overload
-def elastic_penalty(params: Any, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
+def elastic_penalty(params: Params, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
                     exclude: Filter = ..., return_terms: Literal[False] = ..., reduce: bool = ...,
                     impl: Impl = ...) -> Tensor: ...
 @overload
-def elastic_penalty(params: Any, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
+def elastic_penalty(params: Params, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
                     exclude: Filter = ..., return_terms: Literal[True], reduce: bool = ...,
                     impl: Impl = ...) -> Penalty: ...
+@overload
+def elastic_penalty(params: Params, l1: Strength = ..., l2: Strength = ..., *, include: Filter = ...,
+                    exclude: Filter = ..., return_terms: bool, reduce: bool = ...,
+                    impl: Impl = ...) -> Tensor | Penalty: ...
 # fmt: on
 def elastic_penalty(
-    params: Any,
+    params: Params,
     l1: Strength = 0.0,
     l2: Strength = 0.0,
     *,
@@ -93,7 +98,7 @@ def elastic_penalty(
 
 
 def add_elastic_grad_(
-    params: Any,
+    params: Params,
     l1: Strength = 0.0,
     l2: Strength = 0.0,
     *,
@@ -127,7 +132,7 @@ def add_elastic_grad_(
 
 
 def elastic_prox_(
-    params: Any,
+    params: Params,
     l1: Strength = 0.0,
     l2: Strength = 0.0,
     *,
@@ -157,7 +162,7 @@ def elastic_prox_(
         apply_prox(work, [check_strength(lr, "lr")])
 
 
-def sparsity(params: Any, *, include: Filter = None, exclude: Filter = None) -> Tensor:
+def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) -> Tensor:
     """The fraction of weights that are exactly zero: a 0-dim float32 tensor on the first weight's device.
 
     Args and errors: as `elastic_penalty`; ValueError too where the selected weights have no elements.
