@@ -43,7 +43,8 @@ class Attachment:
         # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = optimizer.optimizer
-        _check(optimizer, mode, metric)
+        check_mode(mode, metric)
+        _check_optimizer(optimizer, mode, metric)
         by = metric or "optimizer"
         self._optimizer = weakref.ref(optimizer)
         work = current()
@@ -171,11 +172,17 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) ->
     return apply_adam_prox(*adam_update(optimizer, work, groups))
 
 
-def _check(optimizer: Any, mode: str, metric: str | None) -> None:
+def check_mode(mode: str, metric: str | None) -> None:
+    """Raises ValueError for what `mode` and `metric` cannot be, whatever the optimizer."""
     if mode not in ("grad", "prox"):
         raise ValueError(f'mode must be "grad" or "prox", got {mode!r}')
+    if metric not in (None, "optimizer", "lr"):
+        raise ValueError(f'metric must be "optimizer" or "lr", got {metric!r}')
     if mode == "grad" and metric is not None:
         raise ValueError('metric is for mode="prox": a gradient goes through the optimizer, whatever its steps are')
+
+
+def _check_optimizer(optimizer: Any, mode: str, metric: str | None) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, LBFGS):

@@ -25,8 +25,6 @@ _HIDDEN = ("master_param", "master_weight", "kahan_comp", "fp32_param")
 
 def check_metric(optimizer: Optimizer, metric: str) -> None:
     """Raises ValueError for optimizers whose step size is not known, or that would undo a proximal step."""
-    if metric not in ("optimizer", "lr"):
-        raise ValueError(f'metric must be "optimizer" or "lr", got {metric!r}')
     check_hidden_copies(optimizer)
     if metric == "optimizer" and _family(optimizer) is None:
         raise ValueError(

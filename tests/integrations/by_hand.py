@@ -1,0 +1,34 @@
+"""The penalty written out in plain PyTorch, for loops that the callbacks are held to."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def add_gradient_by_hand(params: Iterable[nn.Parameter], l1: float, l2: float) -> None:
+    with torch.no_grad():
+        for p in params:
+            assert p.grad is not None
+            p.grad += (l1 * p.sign() + 2 * l2 * p).to(p.grad.dtype)
+
+
+def shrink_by_hand(params: Iterable[nn.Parameter], optimizer: Optimizer, l1: float, l2: float) -> None:
+    """The proximal step after one of SGD without momentum, or of Adam or AdamW, in their metric."""
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for p in params:
+            group = group_of[p]
+            t: float | Tensor = group["lr"]
+            if "betas" in group:
+                state = optimizer.state[p]
+                unbiased = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"].item())
+                t = t / (unbiased.sqrt() + group["eps"])
+            p.copy_(p.sign() * (p.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2))
+
+
+def terms_by_hand(params: Iterable[nn.Parameter], l1: float, l2: float) -> tuple[float, float, float]:
+    """The two terms and the share of exact zeros."""
+    flat = torch.cat([p.detach().flatten().double() for p in params])
+    return (l1 * flat.abs().sum()).item(), (l2 * flat.square().sum()).item(), (flat == 0).double().mean().item()
