@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-gpu gpu bench report lint types wheel clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report lint types wheel clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,7 +21,7 @@ demo: $(STAMP)  ## train the digits MLP four times: no penalty, L1, L2, elastic 
 test: test-torch test-interpreter test-codegen test-jit
 
 test-torch: $(STAMP)  ## lane a: the PyTorch path against NumPy float64 (and lane d where there is a GPU)
-	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen and not jit"
+	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen and not jit and not integrations"
 
 test-interpreter: $(STAMP)  ## lane b: the Triton kernels on the CPU
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) -m interpreter
@@ -31,6 +31,15 @@ test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
 
 test-jit: $(STAMP)  ## lane e: launches through Triton's JIT, down to a cubin, with a driver that only notes them
 	$(RUN) -m pytest -m jit
+
+INTEGRATIONS := $(VENV)/.integrations
+
+$(INTEGRATIONS): $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[integrations]"
+	touch $(INTEGRATIONS)
+
+test-integrations: $(INTEGRATIONS)  ## lane f: in the Trainers of transformers and Lightning, and with Accelerate
+	$(RUN) -m pytest $(PARALLEL) -m integrations
 
 test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
