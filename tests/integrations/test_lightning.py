@@ -4,21 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lightning
 import pytest
+import pytorch_lightning as older
 import torch
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastreg
 from fastreg.integrations.attached import AttachedPenalty
+from fastreg.integrations.lightning import ElasticNetCallback
 from tests.integrations.by_hand import add_gradient_by_hand, shrink_by_hand, terms_by_hand
-
-lightning = pytest.importorskip("lightning.pytorch")
-
-from lightning.pytorch.loggers.logger import Logger  # noqa: E402
-from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
-
-from fastreg.integrations.lightning import ElasticNetCallback  # noqa: E402
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # of other people's code
 
@@ -355,8 +353,6 @@ def test_mistakes(tmp_path: Path) -> None:
 
 
 def test_the_older_package_name(tmp_path: Path) -> None:
-    older = pytest.importorskip("pytorch_lightning")
-
     class Older(older.LightningModule):  # type: ignore[misc, name-defined]
         __init__, training_step = Regression.__init__, Regression.training_step
         configure_optimizers = Regression.configure_optimizers

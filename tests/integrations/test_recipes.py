@@ -4,13 +4,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import lightning.pytorch as lightning
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastreg
 from tests.integrations.by_hand import add_gradient_by_hand
+from tests.integrations.tiny_models import Recorder, examples, tiny_bert
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # of other people's code
 
@@ -40,32 +44,29 @@ def network() -> nn.Sequential:
 
 
 def test_trainer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    trainer_of = pytest.importorskip("tests.integrations.test_trainer")
     args = transformers.TrainingArguments(
         str(tmp_path), use_cpu=True, max_steps=8, learning_rate=1e-2, gradient_accumulation_steps=4, logging_steps=4,
         per_device_train_batch_size=4, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    namespace = {"Trainer": transformers.Trainer, "args": args, "dataset": trainer_of.examples("bert")}
+    namespace = {"Trainer": transformers.Trainer, "args": args, "dataset": examples("bert")}
     first, reporters, optimizer = blocks("Trainer")
-    namespace["model"] = trainer_of.tiny_bert()
+    namespace["model"] = tiny_bert()
     run(first, namespace)
     assert [entry["regularization/sparsity"] > 0.05 for entry in namespace["trainer"].state.log_history[:2]] == [
         True
     ] * 2
     assert fastreg.sparsity(namespace["model"], exclude=r"weight$") < 0.4, "of the biases, which begin with zeros"
-    recorder = trainer_of.Recorder()
+    recorder = Recorder()
     namespace["trainer"].add_callback(recorder)
     run(reporters, namespace)
     namespace["trainer"].train()
     assert "regularization/l1" in recorder.logs[0]
-    namespace["model"] = trainer_of.tiny_bert()
+    namespace["model"] = tiny_bert()
     run(optimizer, namespace)
     assert fastreg.sparsity(namespace["model"]) > 0.05
 
 
 def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lightning = pytest.importorskip("lightning.pytorch")
     trained: list[Any] = []
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -102,7 +103,6 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def accelerated(micro_batches: int) -> dict[str, Any]:
-    accelerate = pytest.importorskip("accelerate")
     model = network()
     return {
         "accelerator": accelerate.Accelerator(cpu=True, gradient_accumulation_steps=micro_batches),
@@ -161,7 +161,6 @@ def test_own_loop(micro_batches: int) -> None:
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_attached_under_accelerates_scaler(mode: Any) -> None:
     """A step with infinite gradients is skipped, with its penalty, and the scale does not reach the penalty."""
-    accelerate = pytest.importorskip("accelerate")
     accelerate.Accelerator(cpu=True)
     model, other = network(), network()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
