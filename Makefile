@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report lint types wheel clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report docs lint types wheel clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -54,6 +54,15 @@ bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models 
 report: $(STAMP)  ## docs/benchmarks.md and its figures from bench/results/
 	$(RUN) -m bench.report
 
+DOCS := $(VENV)/.docs
+
+$(DOCS): $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $(DOCS)
+
+docs: $(DOCS)  ## the documentation site, to site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -68,4 +77,4 @@ wheel: $(STAMP)  ## build the wheel and import it in a clean environment
 	bash .ci/check_wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

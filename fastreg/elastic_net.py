@@ -29,7 +29,7 @@ class ElasticNet:
 
     `last` is the `Penalty` of the last step of an optimizer that this is attached to, or None before that.
 
-    Example:
+    Examples:
         >>> reg = fastreg.ElasticNet(model, l1=1e-5, l2=1e-4, exclude=fastreg.bias_and_norm)
         >>> loss = criterion(model(x), y) + reg()
     """

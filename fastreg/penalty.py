@@ -91,7 +91,7 @@ def elastic_penalty(
     Warns:
         UserWarning: an `exclude` that matches nothing.
 
-    Example:
+    Examples:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
     """
     return penalty_of(select(params, l1, l2, include, exclude, impl, reduce), return_terms)
@@ -120,7 +120,7 @@ def add_elastic_grad_(
     Raises: as `elastic_penalty`, and TypeError for a .grad of another dtype or device than its weight, ValueError for
     one of another shape. Any error leaves weights and gradients as they were.
 
-    Example:
+    Examples:
         >>> criterion(model(x), y).backward()
         >>> penalty = fastreg.add_elastic_grad_(model, l1=1e-5, l2=1e-4)
         >>> optimizer.step()
@@ -153,7 +153,7 @@ def elastic_prox_(
     elements share memory. Any error leaves the weights as they were. A graph recorded before this call refuses to run
     backward after it.
 
-    Example:
+    Examples:
         >>> optimizer.step()
         >>> fastreg.elastic_prox_(model, l1=1e-5, lr=optimizer.param_groups[0]["lr"])
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import LBFGS, SGD
 
@@ -93,6 +93,35 @@ def test_closures_that_are_not_called_once(n_calls: int, message: str) -> None:
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match=rf"Impatient.* {message}"):
         optimizer.step(lambda: loss_of(model, 0).backward())
+
+
+def test_a_weight_that_left_the_optimizer_is_noticed_before_the_closure() -> None:
+    _, optimizer, _ = attached("grad")
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match="is not in the optimizer"):
+        optimizer.step(lambda: pytest.fail("called"))
+
+
+class Holding(SGD):
+    """Makes the step of an optimizer that it holds, and is an optimizer itself, with hooks that run."""
+
+    def __init__(self, held: SGD) -> None:
+        super().__init__([nn.Parameter(torch.zeros(1))], lr=0.1)
+        self.held = held
+
+    def step(self, closure: Any = None) -> Any:
+        return self.held.step(closure)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_inside_of_another_optimizers_step_is_a_step(mode: Any) -> None:
+    model, other = net(), net()
+    expected = by_hand(mode, model, plain(model.parameters()), steps=1)
+    held = SGD(other.parameters(), lr=0.1)
+    ElasticNet(other, L1, L2).attach(held, mode)
+    loss_of(other, 0).backward()
+    Holding(held).step()
+    assert bits(*other.parameters()) == expected
 
 
 def test_an_error_in_a_closure_is_raised_and_the_next_step_is_whole() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class InOrder(transformers.Trainer):  # type: ignore[misc]
 
 def trainer_for(name: str, folder: Path, callback: Any, model: nn.Module | None = None, **options: Any) -> Any:
     optimizer = options.pop("optimizer_cls_and_kwargs", None)
+    optimizers = options.pop("optimizers", (None, None))
     chosen = {
         "use_cpu": True, "per_device_train_batch_size": BATCH, "max_steps": STEPS, "learning_rate": LR,
         "max_grad_norm": 0.0, "weight_decay": 0.01, "lr_scheduler_type": "linear", "logging_steps": 2,
@@ -42,6 +44,7 @@ def trainer_for(name: str, folder: Path, callback: Any, model: nn.Module | None 
         train_dataset=examples(name),
         callbacks=[callback] if callback else [],
         optimizer_cls_and_kwargs=optimizer,
+        optimizers=optimizers,
     )
 
 
@@ -189,9 +192,10 @@ def test_a_schedule_of_the_strengths(tmp_path: Path) -> None:
     trainer = trainer_for("bert", tmp_path, penalty, logging_steps=1)
     trainer.add_callback(WarmUp())
     trainer.train()
-    terms = [entry["regularization/l1"] for entry in trainer.state.log_history if "loss" in entry]
-    assert terms[:2] == [0.0, 0.0]
-    assert all(term > 0 for term in terms[2:])
+    for name in ("regularization/l1", "regularization/l2"):
+        terms = [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+        assert terms[:2] == [0.0, 0.0]
+        assert all(term > 0 for term in terms[2:])
 
 
 def test_training_again_and_after_an_interruption(tmp_path: Path) -> None:
@@ -199,15 +203,24 @@ def test_training_again_and_after_an_interruption(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             raise KeyboardInterrupt
 
-    callback = ElasticNetCallback(L1, L2)
-    trainer = trainer_for("bert", tmp_path, callback)
+    callback, model = ElasticNetCallback(L1, L2), tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)  # the same one in every training
+    trainer = trainer_for("bert", tmp_path, callback, model, optimizers=(optimizer, None))
     trainer.add_callback(Interrupting())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.remove_callback(Interrupting)
-    trainer.train()  # with what is left attached to the first optimizer, if it were not detached
-    trainer.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="another penalty")
+        trainer.train()
+        trainer.train()
     assert callback.last is None, "detached when training ends"
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.parametrize("prox", [False, True])
