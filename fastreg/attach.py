@@ -27,18 +27,15 @@ Keywords: TypeAlias = dict[str, Any]
 
 
 class Attachment:
-    """A penalty that an optimizer applies at every step, until `remove()`.
-
-    `current()` is the work at this moment, and `publish` gets what each step measured.
-    """
+    """A penalty that an optimizer applies at every step, until `remove()`: what `ElasticNet.attach` returns."""
 
     def __init__(
         self,
         optimizer: Any,
         mode: str,
         metric: str | None,
-        current: Callable[[], Work],
-        publish: Callable[[Measure | None], None],
+        current: Callable[[], Work],  # the work at this moment
+        publish: Callable[[Measure | None], None],  # gets what each step measured
     ) -> None:
         # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):

@@ -13,12 +13,14 @@ prox=True: only the data's gradient goes through the moments. After the step eac
 w = sign(w) * max(|w| - t * l1, 0) / (1 + 2 * t * l2), which leaves exact zeros. t is the step per unit of a gradient
 that has settled:
 
-    SGD                    t = lr * f,  f = 1
-    with momentum m        f = (1 - dampening) / (1 - m);  Nesterov's: f = 1 + m * (1 - dampening) / (1 - m)
-    Adam, AdamW            t = lr / (sqrt(v / (1 - beta2^step)) + eps), elementwise, v the second moment after the step
+    SGD                  t = lr * f,  f = 1
+    with momentum m      f = (1 - dampening) / (1 - m)
+    Nesterov's           f = 1 + m * (1 - dampening) / (1 - m)
+    Adam, AdamW          t = lr / (sqrt(v / (1 - beta2^step)) + eps)
 
-so that training ends where the penalised problem has its minimum, whatever the optimizer. Source: J. Yun, A. C. Lozano,
-E. Yang, "Adaptive proximal gradient methods for structured neural networks", 2021.
+elementwise, with v the second moment after the step, so that training ends where the penalised problem has its minimum,
+whatever the optimizer. Source: J. Yun, A. C. Lozano, E. Yang, "Adaptive proximal gradient methods for structured neural
+networks", 2021.
 """
 
 from typing import Any
@@ -40,7 +42,9 @@ __all__ = ["SGD", "Adam", "AdamW"]
 class SGD(Penalized, torch.optim.SGD):
     """torch.optim.SGD with the penalty of each parameter group in its step.
 
-    Args: those of torch.optim.SGD; `foreach` and `fused` are accepted, but there is one implementation.
+    Takes the arguments of torch.optim.SGD, too; `foreach` and `fused` are accepted, but there is one implementation.
+
+    Args:
         l1, l2: strengths, floats or 0-dim tensors on the parameters' device; options of a parameter group, as lr is.
         prox: whether the penalty goes in as a proximal step, which leaves exact zeros, and not as a gradient; likewise.
         track: whether `last` is the `fastreg.Penalty` of the weights before each step, of those that had gradients. On

@@ -146,7 +146,9 @@ def elastic_prox_(
     prox_lr(w) = sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2). Call it after optimizer.step() instead of adding
     the penalty to the loss: with plain SGD that is the proximal gradient method (ISTA; Beck and Teboulle, 2009).
 
-    Args: as `elastic_penalty`, and
+    Takes the arguments of `elastic_penalty`, and `lr`.
+
+    Args:
         lr: the step size, that of the optimizer as a rule: a float, or a 0-dim tensor on the weights' device.
 
     Raises: as `elastic_penalty`, and ValueError for a negative, NaN or infinite lr and for an expanded weight, whose
