@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report docs lint types wheel clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report docs lint types wheel release-check clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -71,10 +71,24 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/test_types.py
 
-wheel: $(STAMP)  ## build the wheel and import it in a clean environment
+wheel: $(STAMP)  ## build the wheel and use it in a clean environment
 	rm -rf dist build
 	$(RUN) -m build --no-isolation --wheel
-	bash .ci/check_wheel
+	bash .ci/check_install dist/*.whl
+
+RELEASES := $(VENV)/.release
+
+$(RELEASES): $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[release]"
+	touch $(RELEASES)
+
+release-check: $(RELEASES)  ## what a release needs: both distributions, each in a clean environment; RELEASE=1 for the last check
+	$(RUN) .ci/check_release.py $(if $(RELEASE),--final)
+	rm -rf dist build
+	$(RUN) -m build --no-isolation
+	$(RUN) -m twine check --strict dist/*
+	bash .ci/check_install dist/*.whl
+	bash .ci/check_install dist/*.tar.gz
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

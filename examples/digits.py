@@ -8,7 +8,7 @@ gradient added before each optimizer step (the same weights, bit for bit), by `p
 `optimizer` as the same proximal step inside of fastreg.optim.SGD. The last two leave exact zeros. digits_plots.py draws
 all this, and compares the methods.
 
-The data are the 8x8 images that come with scikit-learn. Needs: pip install "fastreg[examples]"
+The data are the 8x8 images that come with scikit-learn. Needs: pip install ".[examples]"
 """
 
 import argparse

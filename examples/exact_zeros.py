@@ -5,7 +5,7 @@
     python examples/exact_zeros.py --plot             # draws what was stored
 
 Trains the MLP of digits.py, or 784-64-32-10, for each optimizer, way, strength and seed, and writes the share of exact
-zeros among the weight matrices and the test accuracy to bench/results/training/. Needs: pip install "fastreg[examples]"
+zeros among the weight matrices and the test accuracy to bench/results/training/. Needs: pip install ".[examples]"
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/strength.py path                 # a linear model on scikit-learn's diabetes data, beside lasso_path
     python examples/strength.py target --zeros 0.8   # the MLP of digits.py, whose l1 is found while it trains
 
-Needs: pip install "fastreg[examples]"
+Needs: pip install ".[examples]"
 """
 
 import argparse

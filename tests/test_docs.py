@@ -58,7 +58,8 @@ def test_snippets_run(name: str) -> None:
     logged: list[Any] = []
     namespace = {
         "fastreg": fastreg, "torch": torch, "model": model, "x": x, "y": y, "loader": [(x, y)] * 3,
-        "criterion": nn.MSELoss(), "optimizer": torch.optim.AdamW(model.parameters()), "log": lambda *_: logged.append(_),
+        "criterion": nn.MSELoss(), "optimizer": torch.optim.AdamW(model.parameters()),
+        "log": lambda *values: logged.append(values),
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
     assert blocks
