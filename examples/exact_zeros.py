@@ -9,7 +9,6 @@ zeros among the weight matrices and the test accuracy to bench/results/training/
 """
 
 import argparse
-import gzip
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import digits
+import mnist_data
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor, nn
+from torch import nn
 
 import fastreg
 
@@ -76,23 +76,6 @@ def train(data: digits.Data, name: str, way: str, l1: float, seed: int, epochs: 
     return found | {"accuracy": round(digits.accuracy(model, x_test, y_test), 4)}
 
 
-def load_idx(folder: Path) -> digits.Data:
-    """Training and test images of a data set in MNIST's format, in [0, 1], as vectors."""
-
-    def read(name: str) -> np.ndarray:
-        (path,) = [p for p in folder.iterdir() if p.name.startswith(name)]
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        n_dims = raw[3]
-        shape = np.frombuffer(raw, ">i4", n_dims, 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
-
-    def pair(prefix: str) -> tuple[Tensor, Tensor]:
-        images, labels = read(f"{prefix}-images"), read(f"{prefix}-labels")
-        return torch.tensor(images).flatten(1).float() / 255, torch.tensor(labels).long()
-
-    return (*pair("train"), *pair("t10k"))
-
-
 def all_runs(data: digits.Data, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every optimizer, way, strength and seed."""
     for name, way, l1, seed in itertools.product(OPTIMIZERS, WAYS, args.strengths, range(args.seeds)):
@@ -141,7 +124,7 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], object] =
     file = args.results / f"exact-zeros-{args.name}.json"
     if not args.plot:
         found = []
-        for run in all_runs(digits.load_data() if args.data is None else load_idx(args.data), args):
+        for run in all_runs(digits.load_data() if args.data is None else mnist_data.load_idx(args.data), args):
             found.append(run)
             show(
                 "{optimizer:>12}  {way:20}  l1 {l1:<7g} seed {seed}: zeros {zeros:.1%}  accuracy {accuracy:.1%}".format(

@@ -66,7 +66,7 @@ def test_sparsity_against_accuracy_is_stored_and_drawn(tmp_path: Path) -> None:
         pixels = (images * 255).round().to(torch.uint8).view(-1, 8, 8).numpy()
         (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
         (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx(labels.to(torch.uint8).numpy()))
-    read = exact_zeros.load_idx(tmp_path)
+    read = exact_zeros.mnist_data.load_idx(tmp_path)
     torch.testing.assert_close(read[0], x[:128], rtol=0, atol=1 / 255)
     assert torch.equal(read[3], y_test)
     lines: list[str] = []
