@@ -161,3 +161,12 @@ def test_comparison(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "found.png").unlink()
     mnist.main([*options, *image, "--plot"])
     assert imread(tmp_path / "found.png").std() > 0.05
+
+
+def test_the_page_shows_what_is_stored() -> None:
+    page = (ROOT / "docs" / "mnist.md").read_text()
+    for name in ("mnist-compare", "mnist-compare-small"):
+        stored = json.loads((ROOT / "bench" / "results" / "training" / f"{name}.json").read_text())
+        assert mnist.table(stored["runs"]) in page
+        for key in ("cpu", "torch", "commit"):
+            assert stored["environment"][key] in page
