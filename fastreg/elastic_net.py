@@ -21,8 +21,7 @@ from fastreg.work import Work
 class ElasticNet:
     """`elastic_penalty` for the same parameters again and again: names, filters and pointer tables are kept.
 
-    Args: as `elastic_penalty`. `l1` and `l2` may be assigned at any time, by a schedule for instance; nothing is
-    recompiled and nothing waits for the device.
+    Takes the arguments of `elastic_penalty`. `l1` and `l2` may be assigned at any time: nothing is recompiled.
 
     Parameters that are frozen, thawed, moved, converted, replaced or tied, and modules that are replaced or added, are
     noticed at the next call. Lists and group dicts are copied: what is changed in them later is not seen.
@@ -152,7 +151,8 @@ class ElasticNet:
         Args:
             optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones
                 and GradScaler are supported. Of a wrapper such as Accelerate's the optimizer inside is used.
-            mode: "grad" adds the gradient right before the step, after any clipping, which therefore does not see it.
+            mode: "grad" adds the gradient right before the step, of step(closure) when the closure is done: after any
+                clipping, which therefore does not see it.
                 "prox" shrinks the weights right after the step, so that those which do not pay for themselves become
                 exactly zero.
             metric: the size of that proximal step. "optimizer", the default, is the optimizer's own step per unit of

@@ -264,6 +264,10 @@ def test_mistakes(tmp_path: Path) -> None:
     trainer = trainer_for("bert", tmp_path, ElasticNetCallback(L1, mode="prox"), optim="adafactor")
     with pytest.raises(ValueError, match="the step size of Adafactor is not known"):
         trainer.train()
+    by_lr = ElasticNetCallback(L1, mode="prox", metric="lr")
+    trainer = trainer_for("bert", tmp_path, by_lr, optim="adafactor", logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["regularization/l1"] > 0
 
 
 def test_penalty_in_the_loss_counts_once_for_each_micro_batch(tmp_path: Path) -> None:
