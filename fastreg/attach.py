@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from fastreg.formulas import Measure, together
 from fastreg.inplace import add_gradient, apply_prox, measure
 from fastreg.kinds import warn_user
+from fastreg.penalized import Penalized
 from fastreg.step_sizes import adam_update, check_metric, is_elementwise, step_sizes
 from fastreg.steps import apply_adam_prox
 from fastreg.strengths import UNSCALED, Scale
@@ -54,6 +55,12 @@ class Attachment:
             warn_user(
                 f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be "
                 "applied at every step; remove() one of them, or let them select different parameters"
+            )
+
+        if isinstance(optimizer, Penalized) and optimizer.has_strengths:
+            warn_user(
+                f"the optimizer has strengths of its own, l1 or l2 of fastreg.optim.{type(optimizer).__name__}: both "
+                "penalties will be applied at every step"
             )
 
         def add(optimizer: Optimizer) -> None:
@@ -211,7 +218,10 @@ class _Membership:
         group_of = {each: i for i, group in enumerate(params) for each in group}
         for name, w in zip(work.names, work.weights, strict=True):
             if id(w) not in group_of:
-                raise ValueError(f"parameter {name!r} is not in the optimizer, which would never step it; exclude it")
+                raise ValueError(
+                    f"parameter {name!r} is not in the optimizer, which would never step it; exclude it, or make the "
+                    "optimizer of the parameters of this model"
+                )
         self._found = [group_of[id(w)] for w in work.weights]
         self._weights, self._params = work.weights, params
         return self._found

@@ -86,12 +86,13 @@ def _is_group(params: Mapping[Any, Any]) -> bool:
 def check_keys(group: Mapping[Any, Any], index: int) -> None:
     """Refuses keys that look misspelt or misplaced; the others are an optimizer's own, such as lr or betas."""
     for key in group:
-        if key in ("params", "l1", "l2") or not isinstance(key, str):
+        if key in ("params", "l1", "l2", "prox") or not isinstance(key, str):
             continue
         plain = re.sub(r"[^a-z0-9]", "", key.lower())
         strength = re.search(r"(?:l|lam|lambda|lambd|alpha|reg)([12])", plain)
-        if strength or difflib.get_close_matches(plain, ["params", "parameters"], 1, 0.8):
-            meant = f"l{strength[1]}" if strength else "params"
+        near = difflib.get_close_matches(plain, ["params", "parameters", "prox"], 1, 0.8)
+        if strength or near:
+            meant = f"l{strength[1]}" if strength else "prox" if near == ["prox"] else "params"
             raise ValueError(f"groups[{index}] has a key {key!r}, which means nothing here; write {meant!r}")
         if key in ("include", "exclude"):
             raise ValueError(f"groups[{index}] has a key {key!r}, which is an argument of the call, for all groups")

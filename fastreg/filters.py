@@ -58,37 +58,50 @@ def matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], 
     return [bool(predicate(c.name, c.tensor)) for c in candidates]
 
 
-def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
-    classes = pattern if isinstance(pattern, tuple) else (pattern,)
-    if classes and all(isinstance(c, type) and issubclass(c, nn.Module) for c in classes):
-        if not modules:
-            raise ValueError(
-                f"{which} selects by the module that owns a parameter, but params holds no module; pass it"
-            )
-        owners = [m for m in modules if isinstance(m, classes)]
-        owned = dict.fromkeys(p for m in owners for p in m._parameters.values())  # by identity, as tensors are hashed
-        return lambda name, param: param in owned
-    is_pattern = isinstance(pattern, str) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str))
-    if not is_pattern and (isinstance(pattern, (nn.Module, type)) or not callable(pattern)):
+def check_filter(pattern: Any, which: str) -> None:
+    """Raises TypeError or ValueError for what can be no filter, whatever the parameters."""
+    if pattern is None or _are_module_classes(pattern):
+        return
+    if isinstance(pattern, str) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{which} is not a valid regular expression: {pattern!r}: {error}") from error
+        return
+    if isinstance(pattern, (nn.Module, type)) or not callable(pattern):
         raise TypeError(
             f"{which} must be a regular expression, a callable (name, param) -> bool, a class of modules or a tuple of "
             f"such classes, got {pattern!r}"
         )
-    if not is_pattern:
-        try:
-            if not torch.compiler.is_compiling():
-                inspect.signature(pattern).bind("", None)
-        except TypeError as error:
-            raise TypeError(f"{which} is called with two arguments, (name, param), which it does not take") from error
-        except ValueError:  # of some functions written in C nothing is known
-            pass
-        predicate: Predicate = pattern
-        return predicate
     try:
+        if not torch.compiler.is_compiling():
+            inspect.signature(pattern).bind("", None)
+    except TypeError as error:
+        raise TypeError(f"{which} is called with two arguments, (name, param), which it does not take") from error
+    except ValueError:  # of some functions written in C nothing is known
+        pass
+
+
+def _are_module_classes(pattern: Any) -> bool:
+    classes = pattern if isinstance(pattern, tuple) else (pattern,)
+    return bool(classes) and all(isinstance(c, type) and issubclass(c, nn.Module) for c in classes)
+
+
+def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
+    check_filter(pattern, which)
+    if _are_module_classes(pattern):
+        if not modules:
+            raise ValueError(
+                f"{which} selects by the module that owns a parameter, but params holds no module; pass it"
+            )
+        owners = [m for m in modules if isinstance(m, pattern)]
+        owned = dict.fromkeys(p for m in owners for p in m._parameters.values())  # by identity, as tensors are hashed
+        return lambda name, param: param in owned
+    if isinstance(pattern, (str, re.Pattern)):
         search = re.compile(pattern).search
-    except re.error as error:
-        raise ValueError(f"{which} is not a valid regular expression: {pattern!r}: {error}") from error
-    return lambda name, param: search(name) is not None
+        return lambda name, param: search(name) is not None
+    predicate: Predicate = pattern
+    return predicate
 
 
 def _nothing_matched(which: str, pattern: Any, candidates: Sequence[Candidate], trainable: list[bool]) -> str:
@@ -101,6 +114,8 @@ def _nothing_matched(which: str, pattern: Any, candidates: Sequence[Candidate], 
         near = difflib.get_close_matches(shown.strip("'"), name_of, 3, 0.5)
         examples = list(dict.fromkeys(name_of[part] for part in near))
         hint = f"did you mean {' or '.join(map(repr, examples))}?" if near else f"its names are like {names[0]!r}"
+        if pattern == bias_and_norm.__name__:
+            hint = "did you mean fastreg.bias_and_norm, without quotes?"
     else:
         shown = getattr(pattern, "__name__", None) or repr(pattern)
         hint = f"their names are like {names[0]!r}"

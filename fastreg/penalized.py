@@ -67,6 +67,11 @@ class Penalized(Optimizer):
         """The penalty of the weights before the last step, of those that had gradients; None unless it is tracked."""
         return self._tracked[0]
 
+    @property
+    def has_strengths(self) -> bool:
+        """Whether any group has a strength that is not 0; tensors are not looked into."""
+        return any(isinstance(g[name], Tensor) or g[name] != 0 for g in self.param_groups for name in ("l1", "l2"))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim's; l1, l2 and prox are options of a group as lr is."""
         n = len(self.param_groups)
@@ -89,7 +94,7 @@ class Penalized(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's. Groups of a state without l1, l2 and prox get l1=0, l2=0 and prox=False, with a warning."""
-        had = any(isinstance(g[name], Tensor) or g[name] != 0 for g in self.param_groups for name in ("l1", "l2"))
+        had = self.has_strengths
         super().load_state_dict(state_dict)
         if had and not any("l1" in group for group in state_dict["param_groups"]):
             warn_user(

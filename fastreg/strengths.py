@@ -79,7 +79,7 @@ def check_strength(value: object, name: str) -> Strength:
             )
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__} {value!r:.40}")
     try:
         number = float(value)
     except OverflowError:  # an int beyond every float

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from fastreg import ElasticNet
+from fastreg.optim import AdamW
 from tests.helpers import bits
 from tests.training import L1, L2, MODES, by_hand, loss_of, net, plain, train
 
@@ -213,3 +214,15 @@ def test_a_parameter_replaced_between_steps_is_named(mode: Any) -> None:
     model.bias = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="'bias' is not in the optimizer"):
         optimizer.step()
+
+
+def test_an_optimizer_with_strengths_of_its_own_warns() -> None:
+    model = net()
+    for strengths in ({"l1": 0.1}, {"l2": torch.tensor(0.0)}):
+        with pytest.warns(
+            UserWarning, match=r"strengths of its own, l1 or l2 of fastreg\.optim\.AdamW: both penalties"
+        ):
+            ElasticNet(model, L1).attach(AdamW(model.parameters(), lr=0.1, **strengths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ElasticNet(model, L1).attach(AdamW(model.parameters(), lr=0.1))

@@ -56,7 +56,7 @@ CASES: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]]
         "l2 is on meta but the weights",
     ),
     ("integer l1", weights, {"l1": torch.tensor(1)}, TypeError, "l1 must be a floating-point tensor, got torch.int64"),
-    ("l1 a string", weights, {"l1": "0.1"}, TypeError, "l1 must be a float or a 0-dim tensor, got str"),
+    ("l1 a string", weights, {"l1": "0.1"}, TypeError, "l1 must be a float or a 0-dim tensor, got str '0.1'"),
     ("l1 None", weights, {"l1": None}, TypeError, "l1 must be a float or a 0-dim tensor, got NoneType"),
     ("l2 a bool", weights, {"l2": True}, TypeError, "l2 must be a float or a 0-dim tensor, got bool"),
     ("l2 complex", weights, {"l2": 1j}, TypeError, "l2 must be a float or a 0-dim tensor, got complex"),

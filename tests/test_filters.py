@@ -291,3 +291,8 @@ def test_modules_in_groups_are_followed() -> None:
     net.append(nn.Linear(2, 3, bias=False))
     expected = sum(float(p.detach().abs().sum()) for p in net.parameters())
     assert float(reg().detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_ready_callable_in_quotes() -> None:
+    with pytest.warns(UserWarning, match=r"exclude='bias_and_norm' matches none .* without quotes\?"):
+        fastreg.elastic_penalty(nn.Linear(2, 2), 0.1, exclude="bias_and_norm")

@@ -43,6 +43,8 @@ def test_wrong_arguments(kind: str, options: dict[str, Any], error: type[Excepti
     [
         ({"l1": -1.0}, ValueError, "l1 of param group 1 must be finite and at least 0"),
         ({"prox": "no"}, TypeError, "prox of param group 1 must be True or False"),
+        ({"Prox": True}, ValueError, r"groups\[1\] has a key 'Prox', which means nothing here; write 'prox'"),
+        ({"proxx": True}, ValueError, r"groups\[1\] has a key 'proxx', which means nothing here; write 'prox'"),
         ({"L1": 0.1}, ValueError, r"groups\[1\] has a key 'L1', which means nothing here; write 'l1'"),
         ({"lambda2": 0.1}, ValueError, "write 'l2'"),
         ({"maximize": True}, ValueError, "maximize=True would reward"),

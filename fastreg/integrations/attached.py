@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from fastreg.attach import Attachment, check_mode
 from fastreg.elastic_net import ElasticNet
-from fastreg.filters import Filter
+from fastreg.filters import Filter, check_filter
 from fastreg.formulas import Penalty
 from fastreg.penalty import sparsity
 from fastreg.selection import select
@@ -24,20 +24,25 @@ class AttachedPenalty:
 
     def __init__(
         self,
-        l1: Strength = 0.0,
-        l2: Strength = 0.0,
+        l1: Strength | None = None,
+        l2: Strength | None = None,
         *,
         mode: AttachMode = "grad",
         metric: Metric = None,
         include: Filter = None,
         exclude: Filter = None,
     ) -> None:
+        if l1 is None and l2 is None:
+            raise TypeError("ElasticNetCallback needs l1 or l2, which may be 0.0 if they are assigned later")
         check_mode(mode, metric)
-        self._l1, self._l2 = check_strength(l1, "l1"), check_strength(l2, "l2")
+        check_filter(include, "include")
+        check_filter(exclude, "exclude")
+        self._l1, self._l2 = (check_strength(0.0 if s is None else s, n) for s, n in ((l1, "l1"), (l2, "l2")))
         self._mode: AttachMode = mode
         self._metric: Metric = metric
         self._include, self._exclude = include, exclude
         self._model: nn.Module | None = None
+        self._last: Penalty | None = None  # of training that is over
         self._regs: list[ElasticNet] = []
         self._attachments: list[Attachment] = []
 
@@ -65,16 +70,17 @@ class AttachedPenalty:
 
     @property
     def last(self) -> Penalty | None:
-        """The `Penalty` of the last step, of several optimizers the sum of theirs; None before it."""
+        """The `Penalty` of the last step, of several optimizers the sum of theirs; None before the first one."""
         found = [reg.last for reg in self._regs if reg.last is not None]
         if len(found) < 2:
-            return found[0] if found else None
+            return found[0] if found else self._last
         device = found[0].total.device
         return Penalty(*(torch.stack([x.to(device) for x in term]).sum() for term in zip(*found, strict=True)))
 
     def _attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Attaches the penalty; of several optimizers each gets the part that is of its weights."""
         self._detach()  # from training that was interrupted
+        self._last = None
         for optimizer, reg in self._parts(model, optimizers):
             self._attachments.append(reg.attach(optimizer, self._mode, metric=self._metric))
             self._regs.append(reg)
@@ -95,6 +101,7 @@ class AttachedPenalty:
         return [(optimizer, ElasticNet(part, self._l1, self._l2)) for optimizer, part in pairs if part]
 
     def _detach(self) -> None:
+        self._last = self.last
         for attachment in self._attachments:
             attachment.remove()
         self._model, self._regs, self._attachments = None, [], []
@@ -106,3 +113,6 @@ class AttachedPenalty:
             return {}
         zeros = sparsity(self._model, include=self._include, exclude=self._exclude)
         return {"regularization/l1": last.l1, "regularization/l2": last.l2, "regularization/sparsity": zeros}
+
+
+AttachedPenalty.__init__.__qualname__ = "ElasticNetCallback.__init__"  # which errors about arguments name

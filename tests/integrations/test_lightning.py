@@ -178,7 +178,8 @@ def test_automatic_optimization(accumulation: int, clip: float, mode: Any, tmp_p
         found = [metrics[f"regularization/{each}"] for each in ("l1", "l2", "sparsity")]
         # Lightning keeps metrics in float32.
         assert found == pytest.approx(logged[step], rel=1e-6)
-    assert callback.last is None, "detached when training ends"
+    assert callback.last is not None
+    assert callback.last.l1.item() == pytest.approx(logged[-1][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -328,7 +329,7 @@ def test_interrupted_training_leaves_nothing_attached(tmp_path: Path) -> None:
     model, callback = Broken(), ElasticNetCallback(L1, L2, exclude=fastreg.bias_and_norm)
     with pytest.raises(KeyError):
         fit(model, tmp_path, callback)
-    assert callback.last is None
+    assert not callback._attachments
     model.broken = False
     model.net.load_state_dict(network().state_dict())
     fit(model, tmp_path, callback)

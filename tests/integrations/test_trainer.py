@@ -214,7 +214,7 @@ def test_training_again_and_after_an_interruption(tmp_path: Path) -> None:
         warnings.filterwarnings("error", message="another penalty")
         trainer.train()
         trainer.train()
-    assert callback.last is None, "detached when training ends"
+    assert callback.last is not None
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.zero_grad()
     for p in model.parameters():
@@ -253,11 +253,20 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="l1 must be finite and at least 0"):
         ElasticNetCallback(-1.0)
     with pytest.raises(ValueError, match='mode must be "grad" or "prox"'):
-        ElasticNetCallback(mode="gradient")  # type: ignore[arg-type]
+        ElasticNetCallback(L1, mode="gradient")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='metric must be "optimizer" or "lr"'):
-        ElasticNetCallback(mode="prox", metric="adam")  # type: ignore[arg-type]
+        ElasticNetCallback(L1, mode="prox", metric="adam")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="metric is for"):
-        ElasticNetCallback(metric="lr")
+        ElasticNetCallback(L1, metric="lr")
+    with pytest.raises(TypeError, match=r"ElasticNetCallback\.__init__\(\) got an unexpected keyword argument 'L1'"):
+        ElasticNetCallback(L1=L1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="needs l1 or l2"):
+        trainer_for("bert", tmp_path, ElasticNetCallback)  # the class, which would have no strengths
+    for name in ("include", "exclude"):
+        with pytest.raises(ValueError, match=f"{name} is not a valid regular expression"):
+            ElasticNetCallback(L1, **{name: "("})
+        with pytest.raises(TypeError, match=f"{name} must be a regular expression"):
+            ElasticNetCallback(L1, **{name: ["bert"]})
     trainer = trainer_for("bert", tmp_path, ElasticNetCallback(L1, include="atention"))
     with pytest.raises(ValueError, match=r"matches none .* did you mean 'bert\.encoder\.layer\.0\.attention"):
         trainer.train()
