@@ -51,7 +51,7 @@ def test_every_kind_of_params() -> None:
 
 def test_an_attachment_has_a_public_type() -> None:
     model = model_with_gradients()
-    optimizer = fastreg.optim.AdamW(model.parameters(), lr=0.1, l1=0.1, prox=True)
+    optimizer = fastreg.optim.AdamW(model.parameters(), lr=0.1, prox=True)
     handle: fastreg.Attachment = fastreg.ElasticNet(model, l1=0.1).attach(optimizer, mode="prox", metric="lr")
     optimizer.step()
     assert_type(handle.is_active, bool)
