@@ -143,7 +143,7 @@ class ClosureWithGradient:
 
 def _closure_of(args: Arguments, kwargs: Keywords) -> Any:
     """The closure among the arguments of `step`, or None."""
-    return next(filter(callable, (*args[1:], kwargs.get("closure"))), None)
+    return next(filter(callable, (*args[1:], *kwargs.values())), None)
 
 
 def _is_inner_step(optimizer: Optimizer) -> bool:
@@ -163,15 +163,16 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) ->
     """The proximal step of the weights, whose param groups are `groups`, and the penalty before it."""
     if metric == "lr":
         return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
-    # The optimizer made no step of what has no gradient. Its value counts all the same.
-    stepped = [w.grad is not None for w in work.weights]
+    # The optimizer made no step of what has no gradient, or no state yet. Its value counts all the same.
+    is_adam = is_elementwise(optimizer, metric)
+    stepped = [w.grad is not None and (not is_adam or bool(optimizer.state.get(w))) for w in work.weights]
     if not all(stepped):
         resting = measure(work.subset([not s for s in stepped]))
         if not any(stepped):
             return resting
         moving = _shrink(optimizer, work.subset(stepped), list(compress(groups, stepped)), metric)
         return moving if resting is None or moving is None else together(resting, moving)
-    if not is_elementwise(optimizer, metric):
+    if not is_adam:
         return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
     return apply_adam_prox(*adam_update(optimizer, work, groups))
 

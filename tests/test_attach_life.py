@@ -59,6 +59,25 @@ def test_a_closure_gets_the_gradient_when_it_is_done(name: str, by_keyword: bool
     assert bits(*other.parameters()) == expected
 
 
+class OtherName(SGD):
+    """Calls its closure by another name."""
+
+    @torch.no_grad()
+    def step(self, fn: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            fn()
+        return super().step()
+
+
+def test_a_closure_by_another_name() -> None:
+    model, other = net(), net()
+    expected = by_hand("grad", model, plain(model.parameters()), steps=1)
+    optimizer = OtherName(other.parameters(), lr=0.1)
+    ElasticNet(other, L1, L2).attach(optimizer)
+    optimizer.step(fn=lambda: loss_of(other, 0).backward())
+    assert bits(*other.parameters()) == expected
+
+
 def test_two_penalties_and_a_closure() -> None:
     model, other = net(), net()
     expected = by_hand("grad", model, plain(model.parameters()), steps=1)

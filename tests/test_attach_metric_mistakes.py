@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
+import fastreg
 from fastreg import ElasticNet
 from tests.helpers import Path, bits, naming
 from tests.metric import Attached, gradients
@@ -262,3 +263,28 @@ def test_the_learning_rate_is_still_checked() -> None:
             optimizer.step()
         assert bits(*model.parameters()) == before
         assert not optimizer.state
+
+
+@pytest.mark.parametrize("kind", [fastreg.optim.Adam, fastreg.optim.AdamW, AdamW])
+def test_a_first_step_that_a_scaler_skips(kind: Any) -> None:
+    """fastreg's optimizers keep no state of a step that was not made."""
+    w, other = (nn.Parameter(torch.tensor([1.0, -2.0, 0.5])) for _ in range(2))
+    reg = ElasticNet([w], l1=1e-3)
+    optimizer, plain = (
+        kind([w], lr=0.1),
+        AdamW([other], lr=0.1, weight_decay=0.01 if kind is not fastreg.optim.Adam else 0),
+    )
+    reg.attach(optimizer, mode="prox")
+    ElasticNet([other], l1=1e-3).attach(plain, mode="prox")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (float("inf"), 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(w.square().sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1:
+            plain.zero_grad()
+            other.square().sum().backward()
+            plain.step()
+        torch.testing.assert_close(w, other)
+    assert reg.last is not None

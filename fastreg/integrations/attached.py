@@ -1,7 +1,7 @@
 """What the callbacks share: a penalty that is attached to the optimizers while a model is trained."""
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class AttachedPenalty:
 
     def _attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Attaches the penalty; of several optimizers each gets the part that is of its weights."""
-        self._detach()  # from training that was interrupted
+        self.detach()  # from training that was interrupted
         self._last = None
         for optimizer, reg in self._parts(model, optimizers):
             self._attachments.append(reg.attach(optimizer, self._mode, metric=self._metric))
@@ -100,19 +100,28 @@ class AttachedPenalty:
         pairs = zip(optimizers, parts, strict=True)
         return [(optimizer, ElasticNet(part, self._l1, self._l2)) for optimizer, part in pairs if part]
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Takes the penalty off the optimizers, as at the end of training; further calls do nothing."""
         self._last = self.last
         for attachment in self._attachments:
             attachment.remove()
         self._model, self._regs, self._attachments = None, [], []
 
-    def _metrics(self) -> dict[str, Tensor]:
-        """What to log, 0-dim tensors: the terms of the last step, and the share of exact zeros now."""
+    def _metrics(self, number: int) -> dict[str, Tensor]:
+        """What to log, 0-dim tensors: the terms of the last step, and the share of exact zeros now.
+
+        `number` is 1, or larger where others log their own.
+        """
         last = self.last
         if last is None or self._model is None:
             return {}
         zeros = sparsity(self._model, include=self._include, exclude=self._exclude)
-        return {"regularization/l1": last.l1, "regularization/l2": last.l2, "regularization/sparsity": zeros}
+        found = {"l1": last.l1, "l2": last.l2, "sparsity": zeros}
+        return {f"regularization{'' if number == 1 else f'_{number}'}/{name}": value for name, value in found.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizers leave their hooks behind when they are pickled, and so does this.
+        return {**self.__dict__, "_last": self.last, "_model": None, "_regs": [], "_attachments": []}
 
 
 AttachedPenalty.__init__.__qualname__ = "ElasticNetCallback.__init__"  # which errors about arguments name

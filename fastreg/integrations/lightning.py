@@ -50,12 +50,13 @@ class ElasticNetCallback(AttachedPenalty, Callback):
         stepped = len(seen) != len(self._seen) or not all(map(operator.is_, self._seen, seen))
         # As Lightning's own callbacks ask; there is no public way.
         if stepped and trainer._logger_connector.should_update_logs:
-            pl_module.log_dict(self._metrics())
+            same = [callback for callback in trainer.callbacks if isinstance(callback, ElasticNetCallback)]
+            pl_module.log_dict(self._metrics(1 + same.index(self)))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detaches the penalty."""
-        self._detach()
+        self.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detaches the penalty."""
-        self._detach()
+        self.detach()

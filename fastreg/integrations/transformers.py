@@ -40,14 +40,22 @@ class ElasticNetCallback(AttachedPenalty, TrainerCallback):
         """Attaches the penalty to the optimizer, which Trainer has prepared by now."""
         self._attach(model, [optimizer])
 
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Optimizer, **others: Any
+    ) -> None:
+        """Attaches the penalty if this was added while training was under way."""
+        if not self._attachments:
+            self._attach(model, [optimizer])
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **others: Any) -> None:
         """Adds the terms to what Trainer logs of training steps."""
         if logs is None or "loss" not in logs:
             return
-        metrics = {name: value.item() for name, value in self._metrics().items()}
+        number = 1 + sum(name.startswith("regularization") and name.endswith("/l1") for name in logs)
+        metrics = {name: value.item() for name, value in self._metrics(number).items()}
         logs.update(metrics)
         state.log_history[-1].update(metrics)  # which holds a copy of the logs already
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Detaches the penalty."""
-        self._detach()
+        self.detach()

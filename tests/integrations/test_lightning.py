@@ -118,7 +118,7 @@ def fit(model: Any, folder: Path, callback: Any = None, checkpoint: str | None =
     }  # fmt: skip
     if "plugins" in chosen:
         del chosen["precision"]
-    trainer = lightning.Trainer(callbacks=[callback] if callback else [], **chosen)
+    trainer = lightning.Trainer(callbacks=callback, **chosen)
     dtype = torch.float64 if chosen.get("precision") == "64-true" else torch.float32
     loader = DataLoader(TensorDataset(*(each.to(dtype) for each in data())), BATCH)
     trainer.fit(model, loader, ckpt_path=checkpoint)
@@ -269,9 +269,9 @@ def test_terms_are_measured_only_on_steps_that_are_logged(tmp_path: Path, monkey
 
     model = Counting()
 
-    def noted(self: AttachedPenalty) -> dict[str, Tensor]:
+    def noted(self: AttachedPenalty, number: int) -> dict[str, Tensor]:
         batches.append(model.batch_idx)
-        return measured(self)
+        return measured(self, number)
 
     monkeypatch.setattr(AttachedPenalty, "_metrics", noted)
     fit(model, tmp_path, ElasticNetCallback(L1, L2), accumulate_grad_batches=2, logger=Noting())
@@ -368,3 +368,16 @@ def test_the_older_package_name(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.fit(model, DataLoader(TensorDataset(*(each.double() for each in data())), BATCH))
     assert_same(model.net, plain_loop("grad")[0])
+
+
+def test_two_callbacks_log_beside_each_other(tmp_path: Path) -> None:
+    logger = Noting()
+    second = ElasticNetCallback(l1=L1, include=r"net\.2")
+    model = Regression()
+    trainer_options: dict[str, Any] = {"logger": logger, "log_every_n_steps": 1}
+    first = ElasticNetCallback(L1, L2, include=r"net\.0")
+    fit(model, tmp_path, [first, second], **trainer_options)
+    last = logger.logged[BATCHES - 1]
+    assert last["regularization/l1"] == pytest.approx(first.last.l1.item(), rel=1e-6)  # type: ignore[union-attr]
+    assert last["regularization_2/l1"] == pytest.approx(second.last.l1.item(), rel=1e-6)  # type: ignore[union-attr]
+    assert last["regularization/l2"] > last["regularization_2/l2"] == 0

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -163,9 +164,9 @@ def test_terms_are_measured_only_where_the_loss_is_logged(tmp_path: Path, monkey
     callback = ElasticNetCallback(L1, L2)
     trainer = trainer_for("bert", tmp_path, callback, logging_steps=3)
 
-    def noted(self: AttachedPenalty) -> dict[str, Tensor]:
+    def noted(self: AttachedPenalty, number: int) -> dict[str, Tensor]:
         steps.append(trainer.state.global_step)
-        return measured(self)
+        return measured(self, number)
 
     monkeypatch.setattr(AttachedPenalty, "_metrics", noted)
     trainer.train()
@@ -297,3 +298,44 @@ def test_penalty_in_the_loss_counts_once_for_each_micro_batch(tmp_path: Path) ->
     assert distance(in_the_loss.model, trained(4 * L1, 4 * L2)) < 1e-9
     assert distance(in_the_loss.model, trained(L1, L2)) > 1e-3
     assert not math.isnan(distance(in_the_loss.model, trained(L1, L2)))
+
+
+def test_two_callbacks_log_beside_each_other(tmp_path: Path) -> None:
+    first = ElasticNetCallback(L1, L2, include=r"encoder.*weight$", exclude=fastreg.bias_and_norm)
+    second = ElasticNetCallback(l1=L1, include=r"classifier")
+    trainer = trainer_for("bert", tmp_path, first, logging_steps=1)
+    trainer.add_callback(second)
+    trainer.train()
+    log = trainer.state.log_history[-2]
+    assert log["regularization/l1"] == pytest.approx(first.last.l1.item())  # type: ignore[union-attr]
+    assert log["regularization_2/l1"] == pytest.approx(second.last.l1.item())  # type: ignore[union-attr]
+    assert log["regularization/l2"] > log["regularization_2/l2"] == 0
+
+
+def test_a_callback_that_is_added_while_training_is_under_way(tmp_path: Path) -> None:
+    class Adding(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                trainer.add_callback(ElasticNetCallback(L1, mode="prox"))
+
+    trainer = trainer_for("bert", tmp_path, Adding(), logging_steps=1)
+    trainer.train()
+    logged = ["regularization/l1" in entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [False, False, True, True, True, True]
+    assert fastreg.sparsity(trainer.model) > 0.01
+
+
+def test_pickled_in_the_middle_of_training(tmp_path: Path) -> None:
+    copies: list[ElasticNetCallback] = []
+
+    class Pickling(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            copies.append(pickle.loads(pickle.dumps(callback)))
+
+    callback = ElasticNetCallback(L1, L2)
+    trainer = trainer_for("bert", tmp_path, callback)
+    trainer.add_callback(Pickling())
+    trainer.train()
+    assert copies[-1].l1 == L1
+    assert copies[-1].last == callback.last
+    assert not copies[-1]._attachments
