@@ -59,7 +59,8 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teams]:
     teams.close()
 
 
-@pytest.fixture(params=[2, 4])
+# What two ranks do, lane a shows; kernels know nothing of ranks, and their interpreter is slow.
+@pytest.fixture(params=[4] if INTERPRETED else [2, 4])
 def on_every_rank(request: pytest.FixtureRequest, path: Path, teams: Teams) -> Callable[[str], None]:
     """Runs a case of the test file's CASES on that many processes."""
     return lambda name: teams.run(request.module.__name__, name, request.param, path)

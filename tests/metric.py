@@ -37,7 +37,7 @@ def forms(path: Path) -> dict[str, dict[str, Any]]:
         "fused": {"fused": True},
     }
     if path == ("triton", "cpu"):
-        del found["foreach"]  # to the slow interpreter it is all the same
+        del found["foreach"], found["fused"]  # to the slow interpreter it is all the same
     return found | ({"capturable": {"capturable": True}} if path[1] == "cuda" else {})
 
 

@@ -217,6 +217,7 @@ def test_training_again_and_after_an_interruption(tmp_path: Path) -> None:
         trainer.train()
     assert callback.last is not None
     before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = LR  # the schedule ended at 0
     optimizer.zero_grad()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
