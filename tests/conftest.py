@@ -45,6 +45,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny operations: on a busy machine, threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", params=PATHS)
 def path(request: pytest.FixtureRequest) -> Path:
     """(impl, device): every test that takes it runs once in each lane."""

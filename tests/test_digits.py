@@ -3,7 +3,6 @@
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,7 @@ NUMBER = r"(-?[\d.]+)"
 EPOCH = rf"^epoch +\d+  loss {NUMBER} = cross-entropy {NUMBER} \+ l1 {NUMBER} \+ l2 {NUMBER}  exact zeros {NUMBER}%$"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the script runs itself: on layers this small, threads that wait for each other cost seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flat(model: nn.Module) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Training with proximal steps against scikit-learn: the same coefficients and zeros, whatever the optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,13 +20,7 @@ PROBLEMS = [(1.0, 1.0), (4.0, 1.0), (3.0, 0.8), (20.0, 0.5)]
 STEPS = 400
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: on a busy machine, threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -32,3 +32,17 @@ def terms_by_hand(params: Iterable[nn.Parameter], l1: float, l2: float) -> tuple
     """The two terms and the share of exact zeros."""
     flat = torch.cat([p.detach().flatten().double() for p in params])
     return (l1 * flat.abs().sum()).item(), (l2 * flat.square().sum()).item(), (flat == 0).double().mean().item()
+
+
+def step_by_hand(
+    params: list[nn.Parameter], optimizer: Optimizer, mode: str, l1: float, l2: float
+) -> tuple[float, float, float]:
+    """A step with the penalty of `params`; returns what the callbacks log: the terms at the step, and the share now."""
+    terms = terms_by_hand(params, l1, l2)
+    if mode == "grad":
+        add_gradient_by_hand(params, l1, l2)
+    optimizer.step()
+    if mode == "prox":
+        terms = terms_by_hand(params, l1, l2)
+        shrink_by_hand(params, optimizer, l1, l2)
+    return (*terms[:2], terms_by_hand(params, l1, l2)[2])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastreg
 from fastreg.integrations.attached import AttachedPenalty
 from fastreg.integrations.lightning import ElasticNetCallback
-from tests.integrations.by_hand import add_gradient_by_hand, shrink_by_hand, terms_by_hand
+from tests.integrations.by_hand import step_by_hand
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # of other people's code
 
@@ -145,14 +145,7 @@ def plain_loop(
             (loss / accumulation).backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-        terms = terms_by_hand(matrices(net), L1, L2)
-        if mode == "grad":
-            add_gradient_by_hand(matrices(net), L1, L2)
-        optimizer.step()
-        if mode == "prox":
-            terms = terms_by_hand(matrices(net), L1, L2)
-            shrink_by_hand(matrices(net), optimizer, L1, L2)
-        logged.append((*terms[:2], terms_by_hand(matrices(net), L1, L2)[2]))
+        logged.append(step_by_hand(matrices(net), optimizer, mode, L1, L2))
     return net, logged
 
 

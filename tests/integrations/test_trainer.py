@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 import fastreg
 from fastreg.integrations.attached import AttachedPenalty
 from fastreg.integrations.transformers import ElasticNetCallback
-from tests.integrations.by_hand import add_gradient_by_hand, shrink_by_hand, terms_by_hand
+from tests.integrations.by_hand import step_by_hand
 from tests.integrations.tiny_models import MODELS, Recorder, examples, tiny_bert
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # of other people's code
@@ -80,14 +80,7 @@ def plain_loop(
             (loss if name == "bert" else loss / accumulation).backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        before = terms_by_hand(matrices(model), L1, L2)
-        if mode == "grad":
-            add_gradient_by_hand(matrices(model), L1, L2)
-        optimizer.step()
-        if mode == "prox":
-            before = terms_by_hand(matrices(model), L1, L2)
-            shrink_by_hand(matrices(model), optimizer, L1, L2)
-        logged.append((*before[:2], terms_by_hand(matrices(model), L1, L2)[2]))
+        logged.append(step_by_hand(matrices(model), optimizer, mode, L1, L2))
     return model, logged
 
 
