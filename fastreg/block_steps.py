@@ -9,7 +9,7 @@ from torch import Tensor
 from fastreg.block_ops import LANES, BlockOps, Pieces, copy_pieces, shapes_of
 from fastreg.formulas import Mode, compute_dtype
 from fastreg.layout import Part
-from fastreg.rules import Settings, Update, take_steps
+from fastreg.rules import Settings, Update, take_steps, with_rounding
 from fastreg.scratch import Memory, Pack, give_back, is_under_a_mode, take_memory
 from fastreg.walk import Walk, reserve
 from fastreg.work import Grads, Work
@@ -61,7 +61,7 @@ class BlockSteps:
 
     def __init__(self, dtype: torch.dtype, mode: Mode, grad_scale: Tensor | None, memory: Memory) -> None:
         self._compute = compute_dtype(dtype)
-        self._is_narrow = dtype != self._compute
+        self._dtype, self._is_narrow = dtype, dtype != self._compute
         self._mode = mode
         self._grad_scale = None if grad_scale is None else grad_scale.float()
         self._memory = memory
@@ -167,7 +167,14 @@ class BlockSteps:
             copy_pieces(weights, packed.parts)
 
     def _shrink_by(self, w: Tensor, square: Tensor, step: float, s: Settings) -> None:
-        """By t = lr / (sqrt(square / c) + eps), c = 1 - beta2^step: both sides of the fraction times the root of c."""
+        """By t = lr / (sqrt(square / c) + eps), c = 1 - beta2^step: both sides of the fraction times the root of c.
+
+        No further than steps of Adam go, and on a first step not at all where there was no gradient.
+        """
+        reach = s.lr * with_rounding(s.reach, self._dtype)
+        before = None
+        if s.prox_l2 != 0 or step == 1:
+            before = self._spare("before", w).copy_(w)
         root = (1 - s.second**step) ** 0.5
         size = s.lr * root
         bottom = torch.sqrt(square, out=self._spare("denominator", w)).add_(s.third * root)
@@ -175,12 +182,18 @@ class BlockSteps:
         slope = 2 * s.prox_l2
         if s.prox_l1 != 0:
             torch.div(self._memory.number(size * s.prox_l1, self._compute), bottom, out=bound)
+            if before is None:
+                bound.clamp_(max=reach)
             torch.neg(bound, out=spare)
             w.sub_(torch.clamp(w, spare, bound, out=bottom))
             if slope != 0:
                 w.div_(torch.add(self._memory.number(1.0, self._compute), bound, alpha=slope / s.prox_l1, out=bound))
         elif slope != 0:
             w.div_(torch.div(self._memory.number(size * slope, self._compute), bottom, out=bound).add_(1.0))
+        if before is not None:
+            torch.clamp(w, torch.sub(before, reach, out=bound), torch.add(before, reach, out=spare), out=w)
+            if step == 1:
+                torch.where(square == 0, before, w, out=w)
 
     def _spare(self, name: str, w: Tensor) -> Tensor:
         return self._memory.pack(name, self._compute, (w.shape,)).parts[0]

@@ -21,6 +21,11 @@ that has settled:
 elementwise, with v the second moment after the step, so that training ends where the penalised problem has its minimum,
 whatever the optimizer. Source: J. Yun, A. C. Lozano, E. Yang, "Adaptive proximal gradient methods for structured neural
 networks", 2021.
+
+Under Adam the proximal step moves no element further than lr * max(2, (1 - beta1) / sqrt(1 - beta2)), the longest step
+that Adam itself can make, and at least 2 * lr (D. P. Kingma, J. Ba, "Adam", 2015, section 2.1). The bound matters where
+v is 0 or nearly so: there t is lr / eps, and would make zeros of weights that the data has not reached yet. The first
+step leaves elements with v = 0 alone.
 """
 
 from typing import Any
@@ -32,7 +37,7 @@ from torch.optim.optimizer import ParamsT
 from fastreg.formulas import Mode
 from fastreg.options import learning_rate, strengths_of
 from fastreg.penalized import Penalized
-from fastreg.rules import Settings, momentum_factor
+from fastreg.rules import Settings, adam_reach, momentum_factor
 from fastreg.selection import Impl
 from fastreg.strengths import Strength
 
@@ -146,7 +151,8 @@ class Adam(Penalized, torch.optim.Adam):
         is_decoupled = float(group["decoupled_weight_decay"])
         strengths = strengths_of(group, number)
         lr = learning_rate(group, number)
-        return Settings(lr, group["weight_decay"], is_decoupled, *strengths, beta1, beta2, group["eps"])
+        reach = adam_reach(beta1, beta2)
+        return Settings(lr, group["weight_decay"], is_decoupled, *strengths, beta1, beta2, group["eps"], reach=reach)
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreg.formulas import Mode, compute_dtype, prox
-from fastreg.strengths import Strength, accumulate_dtype
+from fastreg.strengths import accumulate_dtype
 
 
 class Settings(NamedTuple):
@@ -28,6 +28,7 @@ class Settings(NamedTuple):
     second: Any = 0.0  # dampening, or beta2
     third: Any = 0.0  # whether momentum is Nesterov's, or eps
     step: float = 0.0  # in ADAM_PROX: how many steps were made, to which the counter is added if there is one
+    reach: float = 0.0  # of Adam: times lr the furthest that a proximal step may move an element
 
 
 class Update(NamedTuple):
@@ -56,14 +57,34 @@ STEPS = (Mode.SGD, Mode.MOMENTUM, Mode.ADAM, Mode.AMSGRAD)
 def momentum_factor(momentum: float, dampening: float, nesterov: bool) -> float:
     """How much further than lr a step of SGD goes per unit of a gradient that has settled.
 
-    A buffer b = m * b + (1 - d) * g ends at g * (1 - d) / (1 - m); Nesterov's step is g + m * b. ValueError for m >= 1.
+    A buffer b = m * b + (1 - d) * g ends at g * (1 - d) / (1 - m); Nesterov's step is g + m * b. ValueError for m >= 1
+    and for d > 1.
     """
     if momentum == 0:
         return 1.0
     if not momentum < 1:
         raise ValueError(f"with momentum={momentum} steps grow without end: a proximal step needs momentum < 1")
+    if dampening > 1:
+        raise ValueError(
+            f"with dampening={dampening} steps go up the gradient, and a proximal step would grow the weights: it "
+            "needs dampening <= 1"
+        )
     settled = (1 - dampening) / (1 - momentum)
     return 1 + momentum * settled if nesterov else settled
+
+
+def adam_reach(beta1: float, beta2: float) -> float:
+    """The furthest that a proximal step moves an element, in units of lr: the longest step of Adam, and at least 2.
+
+    Kingma and Ba (2015), section 2.1: no step of Adam is longer than max(1, (1 - beta1) / sqrt(1 - beta2)). Under a
+    constant gradient each one is 1 long. A proximal step of 1 would only undo it, and the weight would never reach 0.
+    """
+    return max(2.0, (1 - beta1) / (1 - beta2) ** 0.5)
+
+
+def with_rounding(reach: float, dtype: torch.dtype) -> float:
+    """`reach` and what roundings add to it: a zero that Adam's longest step has moved must come back to zero."""
+    return reach * (1 + 8 * torch.finfo(compute_dtype(dtype)).eps + torch.finfo(dtype).eps)
 
 
 def take_steps(
@@ -72,6 +93,7 @@ def take_steps(
     """Does to the weights, states and counters what `mode` says, weight by weight."""
     for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
         s = update.settings[group]
+        s = s._replace(reach=with_rounding(s.reach, w.dtype))
         wide = compute_dtype(w.dtype)
         states = [None if state is None else state[i] for state in update.states]
         first, second, third = (None if state is None else state.to(wide) for state in states)
@@ -111,7 +133,7 @@ def _sgd(w: Tensor, grad: Tensor, buffer: Tensor | None, s: Settings) -> tuple[T
         buffer = s.first * buffer + (1 - s.second) * grad
         grad = grad + s.first * buffer if s.third else buffer
     w = w - s.lr * grad
-    return _shrunk(w, s.lr * s.prox_l1, s.lr * s.prox_l2, s), buffer
+    return w if _has_no_prox(s) else prox(w, s.lr * s.prox_l1, s.lr * s.prox_l2), buffer
 
 
 def _adam(
@@ -135,11 +157,19 @@ def _denominator(square: Tensor, step: Tensor | float, s: Settings) -> Tensor:
 
 
 def _prox_of_adam(w: Tensor, square: Tensor, step: Tensor | float, s: Settings) -> Tensor:
-    """By t = lr / (sqrt(v / (1 - beta2^step)) + eps), elementwise."""
+    """By t = lr / (sqrt(v / (1 - beta2^step)) + eps), elementwise, and no further than steps of Adam go.
+
+    Where there has been no gradient, t is lr / eps: without the bound, weights would be zero before they are trained.
+    A first step leaves them alone, as engines make one with zero gradients to allocate the states.
+    """
+    if _has_no_prox(s):
+        return w
     t = s.lr / _denominator(square, step, s)
-    return _shrunk(w, t * s.prox_l1, t * s.prox_l2, s)
+    reach = s.lr * s.reach
+    moved = torch.minimum(torch.maximum(prox(w, t * s.prox_l1, t * s.prox_l2), w - reach), w + reach)
+    return torch.where((square == 0) & (step == 1), w, moved)
 
 
-def _shrunk(w: Tensor, l1: Strength, l2: Strength, s: Settings) -> Tensor:
-    nothing = not isinstance(s.prox_l1, Tensor) and not isinstance(s.prox_l2, Tensor) and s.prox_l1 == s.prox_l2 == 0
-    return w if nothing else prox(w, l1, l2)
+def _has_no_prox(s: Settings) -> bool:
+    """Whether the proximal step would change nothing; tensors are not looked into."""
+    return not any(isinstance(strength, Tensor) or strength != 0 for strength in (s.prox_l1, s.prox_l2))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from fastreg.penalized import Penalized
-from fastreg.rules import Settings, Update, momentum_factor
+from fastreg.rules import Settings, Update, adam_reach, momentum_factor
 from fastreg.strengths import Strength, Strengths, accumulate_dtype, check_strength, per_group
 from fastreg.work import Work
 
@@ -111,8 +111,9 @@ def adam_update(optimizer: Optimizer, work: Work, param_groups: Sequence[int]) -
     settings = []
     for (_, i, count), (l1, l2) in zip(numbers, pairs, strict=True):
         group = optimizer.param_groups[i]
-        beta2 = float(group["betas"][1])
-        settings.append(Settings(_lr(group, i), prox_l1=l1, prox_l2=l2, second=beta2, third=group["eps"], step=count))
+        beta1, beta2 = map(float, group["betas"])
+        numbers_of_adam = {"second": beta2, "third": group["eps"], "step": count, "reach": adam_reach(beta1, beta2)}
+        settings.append(Settings(_lr(group, i), prox_l1=l1, prox_l2=l2, **numbers_of_adam))
     device = work.weights[0].device
     strengths = Strengths(*(per_group(column, device, "strength") for column in zip(*pairs, strict=True)))
     finer = work.regrouped([numbers[key] for key in keys], len(numbers), strengths)

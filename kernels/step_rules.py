@@ -11,7 +11,8 @@ import triton.language as tl
 LR, WEIGHT_DECAY, IS_DECOUPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 GRAD_L1, GRAD_L2, PROX_L1, PROX_L2 = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 FIRST, SECOND, THIRD, STEP = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-SETTINGS_COLUMNS = tl.constexpr(11)
+REACH = tl.constexpr(11)
+SETTINGS_COLUMNS = tl.constexpr(12)
 
 
 @triton.constexpr_function
@@ -30,6 +31,12 @@ def _has_grad(mode):
 def _has_state(mode, number):
     """Whether `mode` has the momentum buffer or first moment (1), the second moment (2), the largest of those (3)."""
     return number in {"momentum": (1,), "adam": (1, 2), "amsgrad": (1, 2, 3), "adam_prox": (2,)}.get(mode, ())
+
+
+@triton.constexpr_function
+def _epsilon(dtype):
+    """The distance from 1 to the next number of `dtype`."""
+    return 2.0**-dtype.fp_mantissa_width
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, COMPUTE: tl.constexpr):
+def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
     """What a step needs of the settings at `row`, in two tuples: what all optimizers have, and their own numbers."""
     lr = lr * tl.load(row + LR)
     decay = tl.load(row + WEIGHT_DECAY)
@@ -90,11 +97,15 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, COMPUTE: tl.constexpr):
         own = (lr.to(COMPUTE), first.to(COMPUTE), (1 - second).to(COMPUTE), third != 0)
         prox_slope = 1 / (1 + prox_slope)
     else:
-        # step size, 1 - beta1, beta2, 1 - beta2, factor on the root of the second moment, eps
+        # step size, 1 - beta1, beta2, 1 - beta2, factor on the root of the second moment, eps, and of the proximal step
+        # the furthest that it may go and whether this is a first step
         size = lr / (1 - _power(first, step))
         root = 1 / tl.sqrt(1 - _power(second, step))
         moments = ((1 - first).to(COMPUTE), second.to(COMPUTE), (1 - second).to(COMPUTE))
-        own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), third.to(COMPUTE))
+        # The factor is what roundings add, as `fastreg.rules.with_rounding` has it.
+        reach = lr * tl.load(row + REACH) * (1 + 8 * _epsilon(COMPUTE) + _epsilon(DTYPE))
+        bound = (reach.to(COMPUTE), step == 1)
+        own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), third.to(COMPUTE), bound)
     common = (
         (1 / grad_scale).to(COMPUTE),
         tl.load(row + GRAD_L1).to(COMPUTE),
@@ -108,14 +119,21 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _prox_by(w, denominator, prox_l1, prox_slope, DTYPE: tl.constexpr):
-    """The proximal step of size lr / denominator, for strengths that carry lr."""
+def _prox_by(w, square, denominator, prox_l1, prox_slope, bound, DTYPE: tl.constexpr):
+    """The proximal step of size lr / denominator, for strengths that carry lr.
+
+    It goes no further than steps of Adam can, and on a first step nowhere where the second moment is 0.
+    """
+    reach, is_first = bound
     ones = tl.full(w.shape, 1.0, w.dtype)
     inverse = _quotient(ones, denominator, DTYPE)
     shrinkage = ones
     if prox_slope != 0:
         shrinkage = _quotient(ones, prox_slope * inverse + 1.0, DTYPE)
-    return _prox(w, prox_l1 * inverse, shrinkage)
+    moved = _prox(w, prox_l1 * inverse, shrinkage)
+    # Compared this way round, NaN survives.
+    moved = tl.where(moved < w - reach, w - reach, tl.where(moved > w + reach, w + reach, moved))
+    return tl.where(is_first & (square == 0), w, moved)
 
 
 @triton.jit
@@ -127,7 +145,7 @@ def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE:
     inverse_scale, l1, slope, kept, shrinks, prox_l1, prox_slope = common
     if MODE == "adam_prox":
         denominator = _root(second, DTYPE) * own[4] + own[5]
-        return _prox_by(w, denominator, prox_l1, prox_slope, DTYPE), first, second, third
+        return _prox_by(w, second, denominator, prox_l1, prox_slope, own[6], DTYPE), first, second, third
     grad = grad * inverse_scale + _signed(w, l1)
     if slope != 0:  # infinity times 0 would be NaN
         grad += slope * w
@@ -141,7 +159,7 @@ def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE:
         if shrinks:
             w = _prox(w, prox_l1, prox_slope)
     else:
-        size, new1, beta2, new2, root, eps = own
+        size, new1, beta2, new2, root, eps, bound = own
         # As torch.lerp has it: the larger part is not rounded.
         change = grad - first
         first = tl.where(new1 < 0.5, first + new1 * change, grad - (1 - new1) * change)
@@ -153,5 +171,5 @@ def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE:
         denominator = _root(used, DTYPE) * root + eps
         w -= _quotient(size * first, denominator, DTYPE)
         if shrinks:
-            w = _prox_by(w, denominator, prox_l1, prox_slope, DTYPE)
+            w = _prox_by(w, used, denominator, prox_l1, prox_slope, bound, DTYPE)
     return w, first, second, third

@@ -215,7 +215,7 @@ def _sweep_kernel(
                 before = tl.load(row_ptr + 3 - TABLE_COLUMNS, mask=chunk > 0, other=-1)
                 step = _advance(counters, step_address, chunk, before != tensor, is_made, LANES)
         scale = tl.load(_pointer(grad_scale, tl.float32), mask=grad_scale != 0, other=1.0).to(tl.float64)
-        common, own = _rule(setting_ptr, step.to(tl.int32), one * lr, scale, MODE, COMPUTE)
+        common, own = _rule(setting_ptr, step.to(tl.int32), one * lr, scale, MODE, DTYPE, COMPUTE)
         numbers = (common, own, is_made)
     else:
         scale_l1 = _times(one, scale_l1_address, (doubles & 4) != 0, 0)

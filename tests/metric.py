@@ -56,14 +56,36 @@ def step_size(optimizer: Optimizer, group: dict[str, Any], state: Any, left_out:
     return lr / (np.sqrt(v) + (0.0 if left_out == "eps" else group["eps"]))
 
 
-def prox(values: np.ndarray, t: float | np.ndarray, l1: float, l2: float) -> np.ndarray:
-    return np.sign(values) * np.maximum(np.abs(values) - t * l1, 0) / (1 + 2 * t * l2)
+def reach(optimizer: Optimizer, group: dict[str, Any], state: Any) -> float | np.ndarray:
+    """How far the proximal step may move each weight: the longest step of Adam (Kingma and Ba 2015, 2.1), or 2 * lr."""
+    if isinstance(optimizer, SGD):
+        return np.inf
+    beta1, beta2 = map(float, group["betas"])
+    longest = float(group["lr"]) * max(2.0, (1 - beta1) / (1 - beta2) ** 0.5)
+    longest *= 1 + oracle.rounding(state["exp_avg_sq"].dtype)
+    v = oracle.array(state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
+    return np.where((v == 0) & (float(state["step"]) == 1), 0.0, longest)
 
 
-def assert_shrunk(w: Tensor, start: Tensor, t: float | np.ndarray, l1: float, l2: float, path: Path) -> None:
-    """`w` is `start` after a proximal step of size t."""
+def prox(
+    values: np.ndarray, t: float | np.ndarray, l1: float, l2: float, most: float | np.ndarray = np.inf
+) -> np.ndarray:
+    shrunk = np.sign(values) * np.maximum(np.abs(values) - t * l1, 0) / (1 + 2 * t * l2)
+    return np.clip(shrunk, values - most, values + most)  # type: ignore[no-any-return]
+
+
+def assert_shrunk(
+    w: Tensor,
+    start: Tensor,
+    t: float | np.ndarray,
+    l1: float,
+    l2: float,
+    path: Path,
+    most: float | np.ndarray = np.inf,
+) -> None:
+    """`w` is `start` after a proximal step of size t, and no further away than `most`."""
     values = oracle.array(start)
-    exact, threshold = prox(values, t, l1, l2), np.broadcast_to(t * l1, values.shape)
+    exact, threshold = prox(values, t, l1, l2, most), np.broadcast_to(np.minimum(t * l1, most), values.shape)
     # In float32: v / correction, a root, + eps, lr / it, * l1, a difference, 1 + 2 * t * l2 and a quotient, each with
     # half a unit of its own and of its factor; a GPU's root and divisions have up to two. The difference may cancel.
     units = 12 if path == ("triton", "cuda") else 8
@@ -141,8 +163,9 @@ class Attached:
                 elif w.grad is None:
                     assert bits(w) == bits(start)
                 else:
-                    t = step_size(self.optimizer, group, self.optimizer.state[w])
-                    assert_shrunk(w, start, t, *pair, self.path)
+                    state = self.optimizer.state[w]
+                    t, most = step_size(self.optimizer, group, state), reach(self.optimizer, group, state)
+                    assert_shrunk(w, start, t, *pair, self.path, most)
         terms = [oracle.penalty([start], *pair) for start, pair in zip(self.starts, self.strengths, strict=True)]
         dtype = torch.float64 if any(w.dtype == torch.float64 for w in self.weights) else torch.float32
         assert self.reg.last is not None

@@ -29,6 +29,11 @@ def penalty(weights: Iterable[torch.Tensor], l1: float, l2: float) -> tuple[floa
     return l1_term + l2_term, l1_term, l2_term
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What is added to the longest step of Adam, relative to it, for roundings of the step and of the weight."""
+    return 8 * FINFO[torch.float64 if dtype == torch.float64 else torch.float32].eps + FINFO[dtype].eps
+
+
 def _formula_dtype(dtype: torch.dtype) -> type:
     return np.float64 if dtype == torch.float64 else np.float32
 

@@ -27,8 +27,18 @@ def step(kind: str, w: Array, grad: Array, state: State, o: dict[str, Any]) -> t
     if o.get("prox"):
         size = size + t * o.get("l1", 0.0)
         shrunk = np.maximum(np.abs(w) - t * o.get("l1", 0.0), 0.0) / (1 + 2 * t * o.get("l2", 0.0))
-        w = np.where(np.isnan(w), np.nan, np.sign(w) * shrunk)
+        shrunk = np.where(np.isnan(w), np.nan, np.sign(w) * shrunk)
+        w = shrunk if kind == "SGD" else _bounded(shrunk, w, state, o)
     return w, size
+
+
+def _bounded(shrunk: Array, w: Array, state: State, o: dict[str, Any]) -> Array:
+    """No further from `w` than steps of Adam go (Kingma and Ba 2015, 2.1); on a first step without gradient, `w`."""
+    beta1, beta2 = o.get("betas", (0.9, 0.999))
+    reach = o["lr"] * max(2.0, (1 - beta1) / np.sqrt(1 - beta2)) * (1 + o.get("rounding", 0.0))
+    square = state["max_exp_avg_sq" if o.get("amsgrad") else "exp_avg_sq"]
+    untouched = (square == 0) & (state["step"] == 1)
+    return np.where(untouched, w, np.clip(shrunk, w - reach, w + reach))
 
 
 def _sgd(grad: Array, state: State, o: dict[str, Any]) -> tuple[Array, Any]:

@@ -246,7 +246,7 @@ def test_schedules_closures_hooks_and_new_groups() -> None:
     assert_same_weights(model, other, torch.float32)
     extra = nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": [extra], "lr": 0.5, "l1": 100.0, "prox": True})
-    extra.grad = torch.zeros(3)
+    extra.grad = torch.full((3,), 1e-3)
     optimizer.step()
     assert not extra.detach().any()
     assert optimizer.param_groups[1]["l2"] == L2

@@ -109,6 +109,7 @@ OPTIMIZERS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "nesterov": ("SGD", 0.1, {"momentum": 0.9, "nesterov": True}),
     "Adam": ("Adam", 2.0, {}),
     "Adam, slow average": ("Adam", 2.0, {"betas": (0.9, 0.99999)}),  # after 500 steps at 0.005 of what it averages
+    "Adam, short average": ("Adam", 2.0, {"betas": (0.9, 0.9)}),  # whose own steps are no longer than lr
     "Adam, large eps": ("Adam", 2.0, {"eps": 0.1}),
     "AdamW": ("AdamW", 2.0, {"weight_decay": 0.0}),
     "AdamW, large eps": ("AdamW", 2.0, {"weight_decay": 0.0, "eps": 0.1}),
@@ -202,6 +203,22 @@ def test_every_part_of_the_step_size_matters(problem: Any, name: str, left_out: 
 
     assert distance(found(""), settled(*problem)) <= 1e-6
     assert distance(found(left_out), settled(*problem)) >= 1e-3
+
+
+@pytest.mark.parametrize("problem", SETTLED, ids=str)
+def test_proximal_steps_have_to_be_longer_than_those_of_adam(problem: Any) -> None:
+    """Bounded by lr, they only undo the steps that a constant gradient makes: weights stay where they are."""
+
+    def found(bound: float) -> np.ndarray:
+        def shrink(w: Tensor, optimizer: torch.optim.Optimizer, l1: float, l2: float) -> None:
+            (group,), (state,) = optimizer.param_groups, optimizer.state.values()
+            t = metric.step_size(optimizer, group, state)
+            w.copy_(torch.from_numpy(metric.prox(w.numpy(), t, l1, l2, bound * group["lr"])))
+
+        return descend(problem, "Adam, short average", "by hand", shrink)
+
+    assert distance(found(2.0), settled(*problem)) <= 1e-6
+    assert distance(found(1.0), settled(*problem)) >= 1e-5
 
 
 @pytest.mark.parametrize("problem", SETTLED, ids=str)

@@ -89,7 +89,7 @@ def check_step(optimizer: Any, kind: str, options: dict[Tensor, dict[str, Any]],
                 assert arrays(optimizer.state.get(w, {})).keys() == state.keys()
                 continue
             grad = oracle.array(w.grad)
-            expected, size = oracle_steps.step(kind, start, grad, state, o)
+            expected, size = oracle_steps.step(kind, start, grad, state, {**o, "rounding": oracle.rounding(w.dtype)})
             if "step" in state:
                 assert int(optimizer.state[w]["step"]) == state["step"]
             full = np.abs(grad) + o.get("l1", 0.0) + np.abs((2 * o.get("l2", 0.0) + o.get("weight_decay", 0.0)) * start)
