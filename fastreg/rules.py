@@ -4,6 +4,7 @@ The steps are those of torch.optim. A penalty goes in as a gradient, before ever
 size t after everything else, where t is the step per unit of gradient once the gradient has settled (fastreg.optim).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def adam_reach(beta1: float, beta2: float) -> float:
     Kingma and Ba (2015), section 2.1: no step of Adam is longer than max(1, (1 - beta1) / sqrt(1 - beta2)). Under a
     constant gradient each one is 1 long. A proximal step of 1 would only undo it, and the weight would never reach 0.
     """
-    return max(2.0, (1 - beta1) / (1 - beta2) ** 0.5)
+    return max(2.0, (1 - beta1) / math.sqrt(1 - beta2))
 
 
 def with_rounding(reach: float, dtype: torch.dtype) -> float:
