@@ -8,13 +8,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastreg import walk
-from fastreg.formulas import Mode
-from fastreg.layout import Layout, forget_layouts
-from fastreg.local import local_sweep
-from fastreg.rules import STEPS, Settings, Update
-from fastreg.strengths import UNSCALED, Scale, Strength, Strengths
-from fastreg.work import Work
+from fastreg.blocks import plan
+from fastreg.core.layout import Layout, forget_layouts
+from fastreg.core.types import UNSCALED, Mode, Scale, Settings, Strength, Strengths, Update, Work
+from fastreg.formulas.steps import STEPS
+from fastreg.sweep.local import local_sweep
 
 try:
     from fastreg import kernels
@@ -66,7 +64,7 @@ def kernel_settings() -> dict[str, int]:
 @contextmanager
 def settings(**chosen: int) -> Iterator[None]:
     """Other values of BLOCK, NUM_WARPS, MOST_CHUNKS or CPU_BLOCK; the library's own are back afterwards."""
-    places = (walk, launch, tables)
+    places = (plan, launch, tables)
     own = [(place, name, getattr(place, name)) for place in places for name in chosen if hasattr(place, name)]
     try:
         for place, name, _ in own:

@@ -1,12 +1,13 @@
 """The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, without copying the weights."""
 
 from fastreg import optim
-from fastreg.attach import Attachment
-from fastreg.collect import Params
+from fastreg.core.types import Penalty
 from fastreg.elastic_net import ElasticNet
-from fastreg.filters import bias_and_norm
-from fastreg.formulas import Penalty
-from fastreg.penalty import add_elastic_grad_, elastic_penalty, elastic_prox_, sparsity
+from fastreg.functional import add_elastic_grad_, elastic_penalty, elastic_prox_
+from fastreg.optim.attachment import Attachment
+from fastreg.selection.filters import bias_and_norm
+from fastreg.selection.params import Params
+from fastreg.sparsity import sparsity
 
 __version__ = "0.1.0"
 

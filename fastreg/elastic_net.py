@@ -5,17 +5,19 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastreg.attach import Attachment
-from fastreg.autograd import penalty_of
-from fastreg.collect import Params, copied
-from fastreg.filters import Filter
-from fastreg.formulas import Measure, Penalty
-from fastreg.inplace import add_gradient, apply_prox
-from fastreg.selection import Impl, Selection, check_impl, check_reduce
-from fastreg.strengths import Strength, accumulate_dtype, check_strength
-from fastreg.summary import summary_of
-from fastreg.traced import is_transformed
-from fastreg.work import Work
+from fastreg.autograd.function import penalty_of
+from fastreg.core.checks import Impl, check_impl, check_reduce
+from fastreg.core.dtypes import accumulate_dtype
+from fastreg.core.strengths import check_strength
+from fastreg.core.torch_private import is_transformed
+from fastreg.core.types import Measure, Penalty, Strength, Work
+from fastreg.optim.attachment import Attachment
+from fastreg.selection.filters import Filter
+from fastreg.selection.params import Params, copied
+from fastreg.selection.selection import Selection
+from fastreg.sparsity import summary_of
+from fastreg.sweep.gradient import add_gradient
+from fastreg.sweep.prox import apply_prox
 
 
 class ElasticNet:

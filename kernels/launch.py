@@ -9,14 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.formulas import Measure, Mode
+from fastreg.core.layout import Part
+from fastreg.core.types import Grads, Measure, Mode, Scale, Update, Work
 from fastreg.kernels.finish_kernel import _finish_kernel
 from fastreg.kernels.sweep_kernel import _sweep_kernel
 from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
-from fastreg.layout import Part
-from fastreg.rules import Update
-from fastreg.strengths import Scale
-from fastreg.work import Grads, Work
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)

@@ -1,13 +1,13 @@
 """What the sweep's kernel does to elements: the penalty's gradient, its proximal step, and whole steps of optimizers.
 
-Imports nothing but Triton. `fastreg.rules` states the steps; here they are in float32 or float64, with the numbers that
-are the same for all elements formed once per program, in float64.
+Imports nothing but Triton. `fastreg.formulas.steps` states the steps; here they are in float32 or float64, with the
+numbers that are the same for all elements formed once per program, in float64.
 """
 
 import triton
 import triton.language as tl
 
-# Columns of the settings, as `fastreg.rules.Settings` has them.
+# Columns of the settings, as `fastreg.core.types.Settings` has them.
 LR, WEIGHT_DECAY, IS_DECOUPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 GRAD_L1, GRAD_L2, PROX_L1, PROX_L2 = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 FIRST, SECOND, THIRD, STEP = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
@@ -102,7 +102,7 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, DTYPE: tl.constexpr, CO
         size = lr / (1 - _power(first, step))
         root = 1 / tl.sqrt(1 - _power(second, step))
         moments = ((1 - first).to(COMPUTE), second.to(COMPUTE), (1 - second).to(COMPUTE))
-        # The factor is what roundings add, as `fastreg.rules.with_rounding` has it.
+        # The factor is what roundings add, as `fastreg.formulas.steps.with_rounding` has it.
         reach = lr * tl.load(row + REACH) * (1 + 8 * _epsilon(COMPUTE) + _epsilon(DTYPE))
         bound = (reach.to(COMPUTE), step == 1)
         own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), third.to(COMPUTE), bound)

@@ -165,7 +165,7 @@ def _sweep_kernel(
     grad_scale: tl.int64,  # of a float32 that the gradients carry, or 0
     found_inf: tl.int64,  # of a float32: if it is not 0, nothing is to be changed; or 0
     DTYPE: tl.constexpr,
-    MODE: tl.constexpr,  # one of the names of fastreg.formulas.Mode
+    MODE: tl.constexpr,  # one of the names of fastreg.core.types.Mode
     SUM_DTYPE: tl.constexpr,  # None where no value is asked for
     LANES: tl.constexpr,  # threads per program
     BLOCK: tl.constexpr,

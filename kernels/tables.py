@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.device_cache import DeviceCache, to_device
+from fastreg.core.device_cache import DeviceCache, to_device
+from fastreg.core.layout import Part
+from fastreg.core.strengths import constant
+from fastreg.core.types import Settings, Update
 from fastreg.kernels.target import Target, current_target
-from fastreg.layout import Part
-from fastreg.rules import Settings, Update
-from fastreg.strengths import constant
 
 # Elements that one Triton program reads at a time: 16 per thread of four warps.
 BLOCK = 2048

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastreg import walk
-from fastreg.formulas import Mode
-from fastreg.layout import forget_layouts
+from fastreg.blocks import plan
+from fastreg.core.layout import forget_layouts
+from fastreg.core.types import Mode
 from tests.helpers import Path
 from tests.ways import WAYS, Scene, grid, spy_on_sweeps
 
@@ -55,8 +55,8 @@ def test_the_direct_way_needs_no_memory_of_the_models_size(
 ) -> None:
     # So that even this small model is many blocks for the PyTorch path.
     block = 256
-    monkeypatch.setattr(walk, "CPU_BLOCK", block)
-    monkeypatch.setattr(walk, "DEVICE_BLOCK", block)
+    monkeypatch.setattr(plan, "CPU_BLOCK", block)
+    monkeypatch.setattr(plan, "DEVICE_BLOCK", block)
     forget_layouts()
     scene = with_gradients(Scene(way, path, many(8)))
 

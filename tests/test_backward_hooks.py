@@ -9,7 +9,7 @@ from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
 from torch.nn.utils import parametrize
 
 import fastreg
-from fastreg.formulas import Mode
+from fastreg.core.types import Mode
 from tests.helpers import Path
 from tests.ways import Scenario, Scene, assert_same, grid, outcome, spy_on_sweeps
 

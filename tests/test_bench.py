@@ -21,7 +21,8 @@ from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, qua
 from bench.ledger import count, multi_tensor_launches
 from bench.models import MODELS, SHAPES, from_shapes, n_weights
 from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
-from fastreg import layout, walk
+from fastreg.blocks import plan
+from fastreg.core import layout
 
 CPU = torch.device("cpu")
 # The table of the design: passes over the weights, and launches, for one dtype on one device.
@@ -321,14 +322,14 @@ def test_results_file_names_device_and_dtype() -> None:
 
 
 def settings_now() -> tuple[dict[str, int], int]:
-    return internals.kernel_settings(), walk.CPU_BLOCK
+    return internals.kernel_settings(), plan.CPU_BLOCK
 
 
 def test_candidates_take_turns_with_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[tuple[str, int]] = []
-    cases = {str(size): ({"CPU_BLOCK": size}, lambda: order.append(("called", walk.CPU_BLOCK))) for size in (64, 128)}
+    cases = {str(size): ({"CPU_BLOCK": size}, lambda: order.append(("called", plan.CPU_BLOCK))) for size in (64, 128)}
     harness = Harness(CPU, torch.float32)
-    monkeypatch.setattr(harness, "floor", lambda n: lambda: order.append(("floor", walk.CPU_BLOCK)))
+    monkeypatch.setattr(harness, "floor", lambda n: lambda: order.append(("floor", plan.CPU_BLOCK)))
     found = tune.take_turns(harness, 1000, cases, rounds=3)
     turn = ["called", "called", "floor", "called"]
     assert order == [(what, size) for size in (64, 128) for what in turn] * 4  # a round to warm up, and three

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import block_ops, scratch, walk
-from fastreg.block_ops import LANES, BlockOps
+from fastreg.blocks import penalty, plan, scratch
+from fastreg.blocks.penalty import BlockOps
+from fastreg.blocks.plan import LANES
 from tests import oracle
 from tests.cases import DTYPES, L1, L2, leaf
 from tests.helpers import bits, naming
 
-SMALL, BLOCK = walk.CPU_SMALL, walk.CPU_BLOCK
+SMALL, BLOCK = plan.CPU_SMALL, plan.CPU_BLOCK
 
 
 @pytest.mark.parametrize("l1", [0.0, 1e-45, 1e-5, 1e30, 1e300])
@@ -34,7 +35,7 @@ def test_strengths_that_a_fused_optimizer_cannot_take(l1: float, l2: float) -> N
 def test_where_pytorch_has_no_fused_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     w, other = (leaf(torch.randn(BLOCK + 5, generator=torch.Generator().manual_seed(0))) for _ in range(2))
     fastreg.add_elastic_grad_([w], L1, L2)
-    monkeypatch.setattr(block_ops, "_HAS_FUSED_SGD", False)
+    monkeypatch.setattr(penalty, "_HAS_FUSED_SGD", False)
     fastreg.add_elastic_grad_([other], L1, L2)
     assert w.grad is not None
     assert other.grad is not None

@@ -15,14 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
-from fastreg import scratch, walk
-from fastreg.block_ops import LANES
-from fastreg.layout import Layout, forget_layouts
-from fastreg.walk import Walk
+from fastreg.blocks import plan, scratch
+from fastreg.blocks.plan import LANES, Walk
+from fastreg.core.layout import Layout, forget_layouts
 from tests import oracle
 from tests.cases import L1, L2, leaf
 
-SMALL, BLOCK = walk.CPU_SMALL, walk.CPU_BLOCK
+SMALL, BLOCK = plan.CPU_SMALL, plan.CPU_BLOCK
 SIZES = [1, LANES - 1, LANES, LANES + 1, SMALL - 1, SMALL, SMALL + LANES + 3, BLOCK // 4]
 SIZES += [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + SMALL + 5]
 
@@ -72,7 +71,7 @@ def test_strengths_of_groups_of_every_size() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_groups_of_large_pieces_and_of_many_blocks(dtype: torch.dtype) -> None:
     """Each group has pieces that are a block by themselves, and small ones of more than one block together."""
-    sizes = [walk.CPU_ALONE, BLOCK + 3, walk.CPU_ALONE + SMALL + 5, *[walk.CPU_ALONE - 40] * 34]
+    sizes = [plan.CPU_ALONE, BLOCK + 3, plan.CPU_ALONE + SMALL + 5, *[plan.CPU_ALONE - 40] * 34]
     n_groups = 3
     weights = [leaf(torch.randn(n).to(dtype)) for n in sizes for _ in range(n_groups)]
     own = [0.1 * (i % n_groups + 1) for i in range(len(weights))]

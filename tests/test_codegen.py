@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 
 from bench import codegen
 from bench.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
-from fastreg.formulas import Mode
+from fastreg.core.types import UNSCALED, Mode, Scale
 from fastreg.kernels import launch, sweep_kernel
 from fastreg.kernels.tables import BLOCK, MOST_CHUNKS
-from fastreg.strengths import UNSCALED, Scale
 
 pytestmark = [
     pytest.mark.codegen,

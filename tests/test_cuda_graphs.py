@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastreg
-from fastreg import strengths
-from fastreg.layout import forget_layouts
+from fastreg.core import strengths
+from fastreg.core.layout import forget_layouts
 from tests.helpers import Path
 from tests.ways import grid
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg import device_cache
-from fastreg.device_cache import DeviceCache, to_device, written_by_kernels
-from fastreg.layout import Part
+from fastreg.core import device_cache
+from fastreg.core.device_cache import DeviceCache, to_device, written_by_kernels
+from fastreg.core.layout import Part
 
 CPU = torch.device("cpu")
 

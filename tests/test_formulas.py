@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import formulas
-from fastreg.formulas import Mode
-from fastreg.local import local_sweep
-from fastreg.rules import STEPS
-from fastreg.strengths import Scale, Strengths
-from fastreg.work import Work
+from fastreg.core import dtypes
+from fastreg.core.types import Mode, Scale, Strengths, Work
+from fastreg.formulas import penalty as formulas
+from fastreg.formulas.steps import STEPS
+from fastreg.sweep.local import local_sweep
 from tests import oracle
 from tests.cases import CASES, DTYPES, L1, L2, make
 from tests.helpers import Path, naming, slack
@@ -48,7 +47,7 @@ def test_sweeps_against_expressions(path: Path, dtype: torch.dtype, mode: Mode) 
         copies = [[w.clone() for w in weights] for _ in range(2)]
         grads = [[torch.full_like(w, 64.0) for w in weights] for _ in range(2)]
         expected = formulas.weighted_terms(
-            formulas.sums_of_groups(weights, groups, GROUPS), strengths, formulas.value_dtype([dtype])
+            formulas.sums_of_groups(weights, groups, GROUPS), strengths, dtypes.value_dtype([dtype])
         )
         formulas.update(mode, copies[0], grads[0], groups, strengths, scale)
 

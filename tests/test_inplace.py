@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.inplace import apply_prox
-from fastreg.strengths import Strengths
-from fastreg.work import Work
+from fastreg.core.types import Strengths, Work
+from fastreg.sweep.prox import apply_prox
 from tests import oracle
 from tests.cases import BLOCK, CASES, DTYPES, GRADS, INF, L1, L2, LR, NAN, leaf, make, mixed_model
 from tests.helpers import Path, assert_gradient, assert_value, bits, memory, naming, outside, prox_ulps, slack

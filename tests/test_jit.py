@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import fastreg
 from bench import small_sweep
-from fastreg import layout
-from fastreg.inplace import add_gradient
-from fastreg.strengths import Scale
+from fastreg.core import layout
+from fastreg.core.types import Scale
+from fastreg.sweep.gradient import add_gradient
 from tests.stub_driver import Launch, StubDriver, stub_driver
 
 pytest.importorskip("triton.backends.nvidia")

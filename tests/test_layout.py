@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg import layout
+from fastreg.core import layout, torch_private
 from tests import oracle
 from tests.cases import L1, L2
 from tests.helpers import Path, assert_value
@@ -22,9 +22,9 @@ from tests.helpers import Path, assert_value
 @pytest.fixture(autouse=True, params=["guards", "nothing found again"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param != "guards":
-        monkeypatch.setattr(layout, "_TensorGuards", None)
+        monkeypatch.setattr(torch_private, "_TensorGuards", None)
     else:
-        assert layout._TensorGuards is not None
+        assert torch_private._TensorGuards is not None
     layout.forget_layouts()
     yield
     layout.forget_layouts()
@@ -152,7 +152,7 @@ def test_groups_are_part_of_what_is_known(path: Path) -> None:
 
 
 def test_modes_and_penalties_that_alternate_are_all_remembered(path: Path) -> None:
-    if layout._TensorGuards is None:
+    if torch_private._TensorGuards is None:
         pytest.skip("layouts are built anew")
     weights = parameters(path[1])
 
@@ -179,7 +179,7 @@ def test_no_model_is_kept_alive(path: Path) -> None:
     weights = parameters(path[1])
     for _ in range(3):
         check(weights, path)
-    assert (layout.find_layout(weights, [0, 0, 0]) is None) == (layout._TensorGuards is None)
+    assert (layout.find_layout(weights, [0, 0, 0]) is None) == (torch_private._TensorGuards is None)
     alive = [weakref.ref(t) for w in weights for t in (w, w.grad)]
     del weights
     gc.collect()
@@ -211,7 +211,7 @@ def test_what_is_kept_does_not_grow() -> None:
 
 def test_python_asks_little_of_each_tensor(path: Path, request: pytest.FixtureRequest) -> None:
     """Calls from Python for each further tensor: a hundred of them are a hundred microseconds that a GPU waits for."""
-    if path[0] == "torch" or layout._TensorGuards is None:
+    if path[0] == "torch" or torch_private._TensorGuards is None:
         pytest.skip("blocks are handled in Python, and layouts are built anew")
 
     from fastreg.kernels import launch

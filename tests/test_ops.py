@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastreg import traced
+from fastreg.sweep import operators
 from tests import oracle
 from tests.helpers import Path
 from tests.ways import all_kinds, grid
@@ -62,15 +62,15 @@ def test_the_numbers(path: Path) -> None:
             expected = oracle.penalty([w for w, g in zip(before, GROUPS, strict=True) if g == group], 1.0, 1.0)[1:]
             assert found[group].tolist() == pytest.approx(expected, rel=1e-6)
 
-    check_sums(traced.group_sums(weights, GROUPS, 3, impl))
+    check_sums(operators.group_sums(weights, GROUPS, 3, impl))
     expected = [oracle.gradient(w, *pair) for w, pair in zip(weights, of_group, strict=True)]
-    for grad, want in zip(traced.gradients(weights, GROUPS, l1, l2, impl), expected, strict=True):
+    for grad, want in zip(operators.gradients(weights, GROUPS, l1, l2, impl), expected, strict=True):
         assert oracle.ulp_distance(grad, want) <= 1
     grads = [torch.zeros_like(w) for w in weights]
-    check_sums(traced.add_gradient_(grads, weights, GROUPS, l1, l2, True, impl))
+    check_sums(operators.add_gradient_(grads, weights, GROUPS, l1, l2, True, impl))
     for grad, want in zip(grads, expected, strict=True):
         assert oracle.ulp_distance(grad, want) <= 1
-    assert traced.prox_(weights, GROUPS, l1, l2, False, impl).numel() == 0
+    assert operators.prox_(weights, GROUPS, l1, l2, False, impl).numel() == 0
     for w, old, pair in zip(weights, before, of_group, strict=True):
         assert oracle.ulp_distance(w, oracle.prox(old, *pair, 1.0)) <= 2
 
@@ -85,8 +85,8 @@ def test_derivatives_against_differences(path: Path, check: Any) -> None:
     ]
     l1, l2 = (torch.rand(2, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
     groups = [0, 1, 0]
-    assert check(lambda *w: traced.group_sums(list(w), groups, 2, impl), weights)
-    assert check(lambda a, b, *w: tuple(traced.gradients(list(w), groups, a, b, impl)), (l1, l2, *weights))
+    assert check(lambda *w: operators.group_sums(list(w), groups, 2, impl), weights)
+    assert check(lambda a, b, *w: tuple(operators.gradients(list(w), groups, a, b, impl)), (l1, l2, *weights))
 
 
 def test_changes_are_counted(path: Path) -> None:
@@ -95,10 +95,10 @@ def test_changes_are_counted(path: Path) -> None:
     w, grad = grid(5, device=device), grid(5, device=device)
     one = torch.ones(1, dtype=torch.float64, device=device)
     versions = w._version, grad._version
-    traced.add_gradient_([grad], [w], [0], one, one, False, impl)
+    operators.add_gradient_([grad], [w], [0], one, one, False, impl)
     assert w._version == versions[0]
     assert grad._version > versions[1]
-    traced.prox_([w], [0], one, one, False, impl)
+    operators.prox_([w], [0], one, one, False, impl)
     assert w._version > versions[0]
 
 

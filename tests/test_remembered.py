@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
-from fastreg import selection
+from fastreg.selection import selection
 from tests import oracle
 from tests.cases import L1, L2
 from tests.helpers import Path

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.formulas import Mode
-from fastreg.rules import take_steps
+from fastreg.core.types import Mode
+from fastreg.formulas.steps import take_steps
 from tests import oracle, oracle_steps
 from tests.helpers import Path, bits, naming, slack
 
@@ -184,7 +184,7 @@ def test_numbers_on_the_device_and_a_gradient_scale(path: Path, rule: str, prox:
 def test_expressions_make_the_same_steps(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What compilers see, and devices without kernels or fused operators."""
     kind, options = RULES[rule]
-    monkeypatch.setattr("fastreg.blocks.take_block_steps", _by_expressions)
+    monkeypatch.setattr("fastreg.blocks.sweep.take_block_steps", _by_expressions)
     for dtype in (torch.float64, torch.bfloat16):
         for name, penalty in PENALTIES.items():
             weights = weights_of(dtype, "cpu")

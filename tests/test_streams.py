@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import direct, layout
+from fastreg.autograd import engine
+from fastreg.core import layout
 from tests.cases import L1, L2, leaf
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_callback_waits_for_the_stream_of_the_node(same_stream: bool, monkeypatc
         @staticmethod
         def backward(ctx: Any, upstream: Tensor) -> Tensor:
             tensors = [torch.tensor(1.0), 0.5, torch.tensor(2.0)]
-            direct.run_after_backward(lambda: log.append(("called", None)), Stream.device, tensors)
+            engine.run_after_backward(lambda: log.append(("called", None)), Stream.device, tensors)
             log.append(("node done", None))
             return upstream
 
@@ -95,7 +96,7 @@ def test_weights_on_two_devices_make_one_value(kind: str) -> None:
 
 
 def test_capturing_is_asked_of_the_device_in_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastreg import device_cache
+    from fastreg.core import device_cache
 
     current = [0]
 
@@ -122,7 +123,7 @@ def test_capturing_is_asked_of_the_device_in_question(monkeypatch: pytest.Monkey
 
 
 def test_cached_table_is_awaited_on_other_streams_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastreg.device_cache import DeviceCache
+    from fastreg.core.device_cache import DeviceCache
 
     log: list[tuple[str, Any]] = []
 

@@ -1,6 +1,7 @@
 """The structure that CONTRIBUTING promises: imports that point one way, unique names, a short way to a sweep."""
 
 import ast
+import graphlib
 import re
 import sys
 from collections import Counter
@@ -15,47 +16,36 @@ from torch import nn
 import fastreg
 
 ROOT = Path(fastreg.__file__).parents[1]
-FOLDERS = {"fastreg": "fastreg", "integrations": "fastreg.integrations", "kernels": "fastreg.kernels"}
 FILES = sorted(
-    [*(ROOT / "fastreg").glob("*.py"), *(ROOT / "fastreg/integrations").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    [
+        # kernels/ is a link there, which some versions of Python follow.
+        *(file for file in (ROOT / "fastreg").rglob("*.py") if "kernels" not in file.relative_to(ROOT).parts),
+        *(ROOT / "kernels").glob("*.py"),
+    ]
 )
 CALLBACKS = [
     file for file in FILES if file.parent.name == "integrations" and file.stem in ("lightning", "transformers")
 ]
-# From top to bottom: a file imports only from lines below its own.
-LAYERS = [
-    ["fastreg.integrations.lightning", "fastreg.integrations.transformers"],
-    ["fastreg.integrations.attached"],
-    ["fastreg", "fastreg.integrations"],
-    ["fastreg.penalty", "fastreg.elastic_net", "fastreg.optim"],
-    ["fastreg.attach"],
-    ["fastreg.step_sizes", "fastreg.summary"],
-    ["fastreg.penalized", "fastreg.options"],
-    ["fastreg.autograd"],
-    ["fastreg.selection"],
-    ["fastreg.filters"],
-    ["fastreg.collect"],
-    ["fastreg.steps"],
-    ["fastreg.inplace", "fastreg.direct"],
-    ["fastreg.sweep"],
-    ["fastreg.traced", "fastreg.sharded"],
-    ["fastreg.local"],
-    ["fastreg.blocks", "fastreg.kernels"],
-    ["fastreg.block_steps", "fastreg.kernels.launch"],
-    ["fastreg.walk", "fastreg.kernels.tables"],
-    ["fastreg.block_ops", "fastreg.kernels.finish_kernel", "fastreg.kernels.target"],
-    ["fastreg.scratch", "fastreg.work", "fastreg.kernels.sweep_kernel"],
-    ["fastreg.layout", "fastreg.kernels.step_rules", "fastreg.kernels.sums"],
-    ["fastreg.rules", "fastreg.kinds"],
-    ["fastreg.formulas"],
-    ["fastreg.strengths"],
-    ["fastreg.device_cache", "fastreg.dtensor"],
+# Folders and public files, by floor, from the lowest: a room imports only from rooms on lower floors.
+ROOMS = [
+    ["core"],
+    ["formulas", "selection", "kernels"],
+    ["blocks"],
+    ["sweep"],
+    ["autograd", "optim", "sparsity"],
+    ["functional", "elastic_net"],
+    ["integrations", "fastreg"],
 ]
 
 
 def module_of(file: Path) -> str:
-    package = FOLDERS[file.parent.name]
-    return package if file.stem == "__init__" else f"{package}.{file.stem}"
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = ("fastreg", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
 
 
 def imports_of(file: Path) -> set[str]:
@@ -63,25 +53,36 @@ def imports_of(file: Path) -> set[str]:
     known = {module_of(each) for each in FILES}
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{file.name} imports relatively"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-            if node.module == "fastreg":
-                names.remove("fastreg")  # a submodule is meant, which is in the list
-        found |= known.intersection(names)
+            found |= known.intersection(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= known & names
+            if not names <= known:
+                found |= known & {str(node.module)}
     return found
 
 
-def test_imports_point_one_way() -> None:
-    layer = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
-    assert sorted(layer) == sorted(map(module_of, FILES)), "LAYERS does not name every file"
+def test_rooms_import_from_lower_floors() -> None:
+    floor = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    assert set(floor) == {room_of(module_of(file)) for file in FILES}, "ROOMS does not name every room"
     for file in FILES:
         own = module_of(file)
         for other in imports_of(file):
-            assert layer[other] > layer[own] or own == "fastreg", f"{own} imports {other}, which does not lie below it"
+            is_lower = floor[room_of(other)] < floor[room_of(own)]
+            assert is_lower or room_of(other) == room_of(own), f"{own} imports {other}, which is not on a lower floor"
+
+
+def test_no_room_imports_the_package_itself() -> None:
+    for file in FILES:
+        assert "fastreg" not in imports_of(file), f"{module_of(file)} imports fastreg/__init__.py"
+
+
+def test_imports_make_no_cycles() -> None:
+    graph = {module_of(file): imports_of(file) for file in FILES}
+    assert sum(map(len, graph.values())) > len(FILES)
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the modules
 
 
 def test_kernels_import_triton_alone() -> None:
@@ -116,11 +117,6 @@ def test_no_keyword_bags() -> None:
             assert not (isinstance(node, ast.FunctionDef) and node.args.kwarg), f"{file.name}: {node.name}"
 
 
-def test_files_stay_short() -> None:
-    lines = {file.name: len(file.read_text().splitlines()) for file in FILES}
-    assert max(lines.values()) <= 250, lines
-
-
 def test_dir_shows_what_users_may_use() -> None:
     public = {name for name in dir(fastreg) if not name.startswith("_")}
     assert public == set(fastreg.__all__) - {"__version__"}
@@ -146,7 +142,8 @@ def calls_of(call: Callable[[], Any]) -> tuple[int, set[str], Any]:
         result = call()
     finally:
         sys.setprofile(None)
-    own = {file for file in files if Path(file).parent.name in ("fastreg", "kernels")}
+    folders = ROOT / "fastreg", ROOT / "kernels"
+    own = {file for file in files if any(map(Path(file).is_relative_to, folders))}
     return len(files), own, result
 
 
@@ -167,5 +164,5 @@ def test_the_way_to_a_sweep_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     backward, backward_files, _ = calls_of(penalty.backward)
     assert forward <= 46, forward
     assert backward <= 50, backward
-    assert len(forward_files) <= 11, forward_files
+    assert len(forward_files) <= 13, forward_files
     assert len(backward_files) <= 10, backward_files

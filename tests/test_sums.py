@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import layout
+from fastreg.core import layout
 from tests import oracle
 from tests.helpers import Path, bits, naming
 

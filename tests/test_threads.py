@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg import layout, selection, strengths
-from fastreg.device_cache import DeviceCache
+from fastreg.core import layout, strengths
+from fastreg.core.device_cache import DeviceCache
+from fastreg.selection import selection
 from tests import oracle
 from tests.cases import L1, L2, leaf
 
@@ -131,8 +132,8 @@ def test_constants_of_many_threads(frequent_switches: None) -> None:
 
 
 def test_scratch_memory_is_given_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastreg import scratch
-    from fastreg.block_ops import BlockOps
+    from fastreg.blocks import scratch
+    from fastreg.blocks.penalty import BlockOps
 
     w = leaf(torch.ones(1000))
     fastreg.elastic_penalty(w, L1, L2)

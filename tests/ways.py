@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg.formulas import Mode
-from fastreg.local import local_sweep
-from fastreg.sharded import sharded_sweep
+from fastreg.core.types import Mode
+from fastreg.sweep.local import local_sweep
+from fastreg.sweep.sharded import sharded_sweep
 from tests.helpers import Path
 
 L1, L2 = 1 / 8, 1 / 4
@@ -117,9 +117,9 @@ def spy_on_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
         return spy
 
     spy = spied(local_sweep)
-    monkeypatch.setattr("fastreg.sweep.local_sweep", spy)
-    monkeypatch.setattr("fastreg.inplace.local_sweep", spy)
-    monkeypatch.setattr("fastreg.sweep.sharded_sweep", spied(sharded_sweep))
+    monkeypatch.setattr("fastreg.sweep.dispatch.local_sweep", spy)
+    monkeypatch.setattr("fastreg.sweep.gradient.local_sweep", spy)
+    monkeypatch.setattr("fastreg.sweep.dispatch.sharded_sweep", spied(sharded_sweep))
     return modes
 
 

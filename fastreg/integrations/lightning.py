@@ -4,8 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from fastreg.formulas import Penalty
-from fastreg.integrations.attached import AttachedPenalty
+from fastreg.core.types import Penalty
+from fastreg.integrations.callback import AttachedPenalty
 
 try:
     from lightning.pytorch import Callback

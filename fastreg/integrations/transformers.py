@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fastreg.integrations.attached import AttachedPenalty
+from fastreg.integrations.callback import AttachedPenalty
 
 try:
     from transformers import TrainerCallback

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastreg
-from fastreg.integrations.attached import AttachedPenalty
+from fastreg.integrations.callback import AttachedPenalty
 from fastreg.integrations.lightning import ElasticNetCallback
 from tests.integrations.by_hand import step_by_hand
 

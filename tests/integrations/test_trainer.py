@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 import fastreg
-from fastreg.integrations.attached import AttachedPenalty
+from fastreg.integrations.callback import AttachedPenalty
 from fastreg.integrations.transformers import ElasticNetCallback
 from tests.integrations.by_hand import step_by_hand
 from tests.integrations.tiny_models import MODELS, Recorder, examples, tiny_bert

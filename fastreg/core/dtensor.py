@@ -1,0 +1,76 @@
+"""DTensors from where a sweep stands: the part of a weight that is in this rank's memory."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether `tensor` is a torch.distributed.tensor.DTensor."""
+    return any_dtensor((tensor,))
+
+
+def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any of them is one; imports nothing: where DTensor was not imported, there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any([issubclass(kind, module.DTensor) for kind in set(map(type, tensors))])
+
+
+def hides_dtensor(tensor: Tensor) -> bool:
+    """Whether a torch.func transform has wrapped a DTensor, which then no longer shows."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return is_dtensor(tensor)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in its own memory; a plain tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    # Not to_local(), which in some versions makes a new tensor of the same memory.
+    part: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
+
+
+def local_shards(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`local_shard` of each."""
+    return [local_shard(t) for t in tensors] if any_dtensor(tensors) else tensors
+
+
+def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
+    """Each part as a DTensor with the placements of its weight, where that is one; no communication."""
+    if not any_dtensor(weights):
+        return list(parts)
+    return [
+        type(w).from_local(p, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride())
+        if is_dtensor(w)
+        else p
+        for p, w in zip(parts, weights, strict=True)
+    ]
+
+
+def as_placed(tensor: Any, weight: Any) -> Any:
+    """`tensor` with the placements of the DTensor `weight`; itself where it has them, as gradients nearly always do."""
+    if not is_dtensor(tensor) or tensor.device_mesh != weight.device_mesh:
+        raise TypeError(
+            f"a .grad of shape {tuple(tensor.shape)} is not a DTensor on the mesh of its weight; "
+            "distribute it as the weight is, or set it to None"
+        )
+    same = tensor.placements == weight.placements
+    return tensor if same else tensor.redistribute(weight.device_mesh, weight.placements)
+
+
+def dtensor_problem(tensor: Tensor) -> str | None:
+    """Why a DTensor has no penalty as it is, as the end of a sentence."""
+    weight: Any = tensor
+    if any(placement.is_partial() for placement in weight.placements):
+        return (
+            "is a DTensor with a Partial placement, a sum not formed yet; redistribute() it to Shard or Replicate first"
+        )
+    if weight.device_mesh.get_coordinate() is None:
+        return "is on a mesh that this rank is not part of; leave it out here"
+    return None

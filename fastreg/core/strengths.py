@@ -1,0 +1,74 @@
+"""l1 and l2 on their way to a sweep: checked, one per group, and scaled."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastreg.core.device_cache import DeviceCache, to_device
+from fastreg.core.dtensor import is_dtensor
+from fastreg.core.dtypes import accumulate_dtype
+from fastreg.core.types import Strength
+
+
+def check_strength(value: object, name: str) -> Strength:
+    """`value` as a float or 0-dim tensor.
+
+    ValueError: negative, NaN, infinite, not 0-dim. TypeError: not a real number, not a floating-point tensor.
+    """
+    if type(value) is float and 0 <= value < math.inf:
+        return value  # as nearly always; to ask for a numbers.Real takes ten times as long
+    if isinstance(value, Tensor):
+        if is_dtensor(value):
+            raise TypeError(f"{name} must be a float or a plain tensor, got a DTensor; pass its full_tensor()")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}; convert it with .float()")
+        if value.ndim != 0:
+            raise ValueError(
+                f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}"
+                + ("" if name == "lr" else "; for strengths per layer pass a list of group dicts")
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__} {value!r:.40}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
+    if not 0 <= number < math.inf:  # a compiler can follow this, unlike math.isfinite
+        raise ValueError(f"{name} must be finite and at least 0, got {number}")
+    return number
+
+
+def per_group(values: Sequence[Strength], device: torch.device, name: str) -> Strength:
+    """One strength per group in the form that `Strengths` holds; ValueError for a tensor that is not on `device`.
+
+    That form depends on the number of groups only, never on the values: another form would compile kernels again.
+    """
+    for value in values:
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(
+                f"{name} is on {value.device} but the weights are on {device}; move it with .to({str(device)!r})"
+            )
+    if len(values) == 1:
+        return values[0]
+    floats = tuple([s for s in values if not isinstance(s, Tensor)])
+    if len(floats) == len(values) and not torch.compiler.is_compiling():
+        return constant(floats, device)
+    dtype = accumulate_dtype(device)
+    return torch.stack([s.to(dtype) if isinstance(s, Tensor) else constant((s,), device)[0] for s in values])
+
+
+_CONSTANTS: dict[torch.device, DeviceCache] = {}
+
+
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`values` as a tensor on `device`, copied there once for each set of values."""
+    if torch.compiler.is_compiling():
+        # A compiler records how a constant is made, and cannot look into caches.
+        return torch.stack([torch.full((), v, dtype=accumulate_dtype(device), device=device) for v in values])
+    cache = _CONSTANTS.get(device) or _CONSTANTS.setdefault(device, DeviceCache(device, size=64))
+    dtype = accumulate_dtype(device)
+    return cache.get(values, lambda: to_device(torch.tensor(values, dtype=dtype, device="cpu"), device))

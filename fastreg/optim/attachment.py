@@ -1,0 +1,228 @@
+"""Attaching a penalty to an optimizer: before every step its gradient, or after every step its proximal step."""
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import compress
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from fastreg.core.checks import warn_user
+from fastreg.core.types import UNSCALED, Measure, Scale, Work, together
+from fastreg.optim.adam import adam_update
+from fastreg.optim.base import Penalized
+from fastreg.optim.step_size import check_metric, is_elementwise, step_sizes
+from fastreg.sweep.dispatch import measure
+from fastreg.sweep.gradient import add_gradient
+from fastreg.sweep.prox import apply_adam_prox, apply_prox
+
+# By optimizer, to notice two penalties on the same weights.
+_ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
+
+
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = dict[str, Any]
+
+
+class Attachment:
+    """A penalty that an optimizer applies at every step, until `remove()`: what `ElasticNet.attach` returns."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        mode: str,
+        metric: str | None,
+        current: Callable[[], Work],  # the work at this moment
+        publish: Callable[[Measure | None], None],  # gets what each step measured
+    ) -> None:
+        # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
+        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = optimizer.optimizer
+        check_mode(mode, metric)
+        _check_optimizer(optimizer, mode, metric)
+        by = metric or "optimizer"
+        self._optimizer = weakref.ref(optimizer)
+        work = current()
+        membership = _Membership()
+        membership.groups(optimizer, work)
+        self._weight_ids = set(map(id, work.weights))
+        others: set[int] = set().union(*(other._weight_ids for other in _ATTACHED.get(optimizer, ())))
+        shared = [name for name, w in zip(work.names, work.weights, strict=True) if id(w) in others]
+        if shared:
+            warn_user(
+                f"another penalty of parameter {shared[0]!r} is attached to this optimizer already: both will be "
+                "applied at every step; remove() one of them, or let them select different parameters"
+            )
+
+        if isinstance(optimizer, Penalized) and optimizer.has_strengths:
+            warn_user(
+                f"the optimizer has strengths of its own, l1 or l2 of fastreg.optim.{type(optimizer).__name__}: both "
+                "penalties will be applied at every step"
+            )
+
+        def add(optimizer: Optimizer) -> None:
+            work = current()
+            membership.groups(optimizer, work)
+            # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
+            scale = getattr(optimizer, "grad_scale", None)
+            with torch.no_grad():
+                publish(add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale)))
+
+        def add_before(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
+            if _is_inner_step(optimizer):
+                return None
+            closure = _closure_of(args, kwargs)
+            if closure is None:
+                add(optimizer)
+                return None
+            membership.groups(optimizer, current())  # raises before the closure, which may take long
+            computing = ClosureWithGradient(closure, optimizer, add)
+            args = tuple(computing if arg is closure else arg for arg in args)
+            return args, {key: computing if arg is closure else arg for key, arg in kwargs.items()}
+
+        def check_added(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+            closure = _closure_of(args, kwargs)
+            if isinstance(closure, ClosureWithGradient) and not closure.was_called:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step(closure) did not call its closure, after which the penalty's "
+                    "gradient would have been added: this step was made without it; call step() without a closure"
+                )
+
+        def check(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+            if _is_inner_step(optimizer):
+                return
+            membership.groups(optimizer, current())  # raises before the step, not half way
+            check_metric(optimizer, by)
+
+        def shrink(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+            if _is_inner_step(optimizer):
+                return
+            work = current()
+            groups = membership.groups(optimizer, work)
+            with torch.no_grad():
+                publish(_shrink(optimizer, work, groups, by))
+
+        before, after = (add_before, check_added) if mode == "grad" else (check, shrink)
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        _ATTACHED.setdefault(optimizer, weakref.WeakSet()).add(self)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the optimizer still exists, and this was not removed from it."""
+        return bool(self._hooks) and self._optimizer() is not None
+
+    def remove(self) -> None:
+        """Detaches the penalty: the optimizer steps without it from now on. Further calls do nothing."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._weight_ids.clear()
+
+
+class ClosureWithGradient:
+    """A closure of `step`, and the penalty's gradient added to those that it computes."""
+
+    def __init__(self, closure: Callable[[], Any], optimizer: Optimizer, add: Callable[[Optimizer], None]) -> None:
+        self._closure, self._optimizer, self._add = closure, optimizer, add
+        self.was_called = False
+
+    def __call__(self) -> Any:
+        """Calls the closure; raises RuntimeError when called again."""
+        if self.was_called:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} calls its closure several times a step, and may compare the losses, "
+                "which lack the penalty: add the penalty to the loss in the closure"
+            )
+        self.was_called = True
+        result = self._closure()
+        self._add(self._optimizer)
+        return result
+
+
+def _closure_of(args: Arguments, kwargs: Keywords) -> Any:
+    """The closure among the arguments of `step`, or None."""
+    return next(filter(callable, (*args[1:], *kwargs.values())), None)
+
+
+def _is_inner_step(optimizer: Optimizer) -> bool:
+    """Whether a hook runs for a `super().step()`: PyTorch calls the hooks for it as well as for the whole step."""
+    if torch.compiler.is_compiling():
+        return False
+    caller = sys._getframe(2)
+    outer = caller.f_back
+    while outer is not None:
+        if outer.f_code is caller.f_code and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Measure | None:
+    """The proximal step of the weights, whose param groups are `groups`, and the penalty before it."""
+    if metric == "lr":
+        return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
+    # The optimizer made no step of what has no gradient, or no state yet. Its value counts all the same.
+    is_adam = is_elementwise(optimizer, metric)
+    stepped = [w.grad is not None and (not is_adam or bool(optimizer.state.get(w))) for w in work.weights]
+    if not all(stepped):
+        resting = measure(work.subset([not s for s in stepped]))
+        if not any(stepped):
+            return resting
+        moving = _shrink(optimizer, work.subset(stepped), list(compress(groups, stepped)), metric)
+        return moving if resting is None or moving is None else together(resting, moving)
+    if not is_adam:
+        return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
+    return apply_adam_prox(*adam_update(optimizer, work, groups))
+
+
+def check_mode(mode: str, metric: str | None) -> None:
+    """Raises ValueError for what `mode` and `metric` cannot be, whatever the optimizer."""
+    if mode not in ("grad", "prox"):
+        raise ValueError(f'mode must be "grad" or "prox", got {mode!r}')
+    if metric not in (None, "optimizer", "lr"):
+        raise ValueError(f'metric must be "optimizer" or "lr", got {metric!r}')
+    if mode == "grad" and metric is not None:
+        raise ValueError('metric is for mode="prox": a gradient goes through the optimizer, whatever its steps are')
+
+
+def _check_optimizer(optimizer: Any, mode: str, metric: str | None) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, LBFGS):
+        raise TypeError("LBFGS evaluates its closure's loss several times a step: add the penalty to that loss")
+    if mode == "grad" and isinstance(optimizer, SparseAdam):
+        raise TypeError('SparseAdam takes sparse gradients only; attach with mode="prox", or use another optimizer')
+    if mode == "prox":
+        check_metric(optimizer, "optimizer" if metric is None else metric)
+    if mode == "grad" and any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError('maximize=True would reward the penalty; attach with mode="prox", or minimize -loss')
+
+
+class _Membership:
+    """In which param groups of an optimizer the weights are, found anew when either of them changed."""
+
+    def __init__(self) -> None:
+        self._weights: Sequence[Tensor] | None = None
+        self._params: list[list[int]] = []
+        self._found: list[int] = []
+
+    def groups(self, optimizer: Optimizer, work: Work) -> list[int]:
+        """Of each weight the number of its param group.
+
+        Raises ValueError for a weight that the optimizer does not hold.
+        """
+        params = [list(map(id, group["params"])) for group in optimizer.param_groups]
+        if work.weights is self._weights and params == self._params:
+            return self._found
+        group_of = {each: i for i, group in enumerate(params) for each in group}
+        for name, w in zip(work.names, work.weights, strict=True):
+            if id(w) not in group_of:
+                raise ValueError(
+                    f"parameter {name!r} is not in the optimizer, which would never step it; exclude it, or make the "
+                    "optimizer of the parameters of this model"
+                )
+        self._found = [group_of[id(w)] for w in work.weights]
+        self._weights, self._params = work.weights, params
+        return self._found

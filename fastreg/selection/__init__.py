@@ -1,0 +1,7 @@
+"""From what a user passes as `params`, with `include` and `exclude`, to the weights that count."""
+
+from fastreg.selection.filters import Filter, bias_and_norm, check_filter
+from fastreg.selection.params import Params
+from fastreg.selection.selection import Selection, select
+
+__all__ = ["Filter", "Params", "Selection", "bias_and_norm", "check_filter", "select"]

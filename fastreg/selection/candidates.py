@@ -1,0 +1,70 @@
+"""The tensors in `params`, and whether its modules still hold the same ones."""
+
+import operator
+import weakref
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class HeldCandidates:
+    """Keeps tensors, and what is in their modules, alive."""
+
+    def __init__(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+        self.tensors = tensors
+        self._contents = _contents(modules)
+        self._sizes = list(map(len, self._contents))
+        self._filled = [each for each in self._contents if each]
+        self._values = list(_values(self._filled))
+
+    def now(self, params: Any) -> Sequence[Tensor] | None:
+        """The same tensors, or None where a module has others or other modules in it; `params` are held, too."""
+        same = list(map(len, self._contents)) == self._sizes and all(
+            map(operator.is_, _values(self._filled), self._values)
+        )
+        return self.tensors if same else None
+
+
+class RememberedCandidates:
+    """Keeps nothing alive: others may come to have the ids. What else counts of them is compared by `Selection`."""
+
+    def __init__(self, modules: Sequence[nn.Module], ids: list[int], places: list[int]) -> None:
+        self._modules = list(map(weakref.ref, modules))
+        self._ids = ids
+        self._places = places
+
+    def now(self, params: Any) -> Sequence[Tensor] | None:
+        """The tensors in `params`, a list of them or the same module, or None where modules have changed."""
+        if not self._modules:
+            return list(params)  # a copy: the list is its owner's to change, also before backward
+        modules: list[Any] = [reference() for reference in self._modules]
+        if modules[0] is not params or any(map(operator.is_, modules, repeat(None))):
+            return None
+        values = list(_values(_contents(modules)))
+        return list(map(values.__getitem__, self._places)) if list(map(id, values)) == self._ids else None
+
+
+def remembered_candidates(
+    params: Any, tensors: Sequence[Tensor], modules: Sequence[nn.Module]
+) -> RememberedCandidates | None:
+    """What to remember of `params`, or None where they are neither a list of tensors nor a module like any other."""
+    if not isinstance(params, nn.Module):
+        just_tensors = len(tensors) == len(params) and all(map(operator.is_, tensors, params))
+        return RememberedCandidates([], [], []) if just_tensors else None
+    ids = list(map(id, _values(_contents(modules))))
+    place = {each: i for i, each in enumerate(ids)}
+    own = type(params)
+    is_usual = own.named_parameters is nn.Module.named_parameters and own.named_modules is nn.Module.named_modules
+    if not is_usual or not all(id(t) in place for t in tensors):
+        return None
+    return RememberedCandidates(modules, ids, [place[id(t)] for t in tensors])
+
+
+def _contents(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    return [contained for module in modules for contained in (module._parameters, module._modules)]
+
+
+def _values(contents: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable([each.values() for each in contents])  # not all of them are dicts

@@ -1,0 +1,104 @@
+"""The share of weights that are exactly zero, and the table of what an ElasticNet penalises."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg.core.dtensor import local_shards
+from fastreg.core.types import Work
+from fastreg.selection.filters import Filter, matches
+from fastreg.selection.params import Candidate, Params, collect
+from fastreg.selection.selection import select
+from fastreg.sweep.sharded import Ownership
+
+
+def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) -> Tensor:
+    """The fraction of weights that are exactly zero: a 0-dim float32 tensor on the first weight's device.
+
+    Args and errors: as `elastic_penalty`; ValueError too where the selected weights have no elements.
+    """
+    weights = select(params, 0.0, 0.0, include, exclude, None).weights
+    total = sum(w.numel() for w in weights)
+    if total == 0:
+        raise ValueError("nothing selected: the selected parameters have no elements")
+    device = weights[0].device
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        counts = [torch.count_nonzero(part).to(device) for part in local_shards(weights)]
+        ownership = Ownership(weights, all_reduce=True)
+        return ((total - ownership.total(counts, ownership.mesh_index)).double() / total).float()
+
+
+HEADER = ("name", "shape", "dtype", "l1", "l2", "exact zeros")
+
+
+def summary_of(work: Work, params: Any, exclude: Filter) -> str:
+    """A row for each weight that counts, a line of totals, and the tensors in `params` that do not count, with why.
+
+    Waits for the device. Of sharded weights it is a collective call.
+    """
+    zeros = _zeros(work)
+    rows = [HEADER]
+    for name, w, group, n_zeros in zip(work.names, work.weights, work.groups, zeros, strict=True):
+        l1, l2 = (f"{float(strength):g}" for strength in work.strengths.of_group(group))
+        rows.append((name, _shape(w), str(w.dtype).removeprefix("torch."), l1, l2, _share(n_zeros, w.numel())))
+    n = sum(w.numel() for w in work.weights)
+    rows.append((f"{len(work.weights)} tensors", f"{n:,}", "", "", "", _share(sum(zeros), n)))
+    lines = _aligned(rows)
+    lines = [lines[0], "-" * max(map(len, lines)), *lines[1:-1], "-" * max(map(len, lines)), lines[-1]]
+    left_out = list(_left_out(work, params, exclude))
+    if left_out:
+        lines += ["", "left out:", *_aligned([(f"  {c.name}", _shape(c.tensor), why) for c, why in left_out])]
+    return "\n".join(lines)
+
+
+def _zeros(work: Work) -> list[int]:
+    """How many elements of each weight are exactly zero, over all ranks."""
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        parts = local_shards(work.weights)
+        first = parts[0].device
+        counts = torch.stack([torch.count_nonzero(part).to(first) for part in parts])
+        ownership = Ownership(work.weights, all_reduce=True)
+        # A row for each weight, with its count in its place: one sum over ranks serves all.
+        found = ownership.total(list(torch.diag(counts)), ownership.mesh_index).tolist()
+    return [w.numel() - n for w, n in zip(work.weights, found, strict=True)]
+
+
+def _left_out(work: Work, params: Any, exclude: Filter) -> Iterator[tuple[Candidate, str]]:
+    candidates, _, modules = collect(params)
+    chosen = set(work.weights)  # by identity, as tensors are hashed
+    name_of = {id(w): name for name, w in zip(work.names, work.weights, strict=True)}
+    is_excluded = matches(exclude, False, candidates, modules)
+    for candidate, excluded in zip(candidates, is_excluded, strict=True):
+        if candidate.tensor not in chosen:
+            # What is neither frozen nor excluded is not in `include`.
+            frozen = not candidate.tensor.requires_grad
+            yield candidate, "frozen: requires_grad=False" if frozen else "excluded" if excluded else "not included"
+    for module in modules[:1]:
+        seen: dict[int, str] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in seen and id(parameter) in name_of:
+                yield Candidate(name, parameter, 0), f"tied: the same tensor as {name_of[id(parameter)]}"
+            seen[id(parameter)] = name
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def _share(n_zeros: int, n: int) -> str:
+    return f"{n_zeros / n:.2%}" if n else "-"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Text to the left, what follows it to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_table = len(widths) == len(HEADER)
+    return [
+        "  ".join(
+            cell.rjust(width) if is_table and i >= 3 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,106 @@
+"""The gradient into .grad, in memory that is checked before the first write."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg.core.dtensor import as_dtensors, as_placed, is_dtensor, local_shard
+from fastreg.core.layout import is_dense
+from fastreg.core.types import UNSCALED, Measure, Mode, Scale, Work
+from fastreg.sweep.dispatch import sweep_for
+from fastreg.sweep.inplace import check_writable, mark_changed
+from fastreg.sweep.local import local_sweep
+
+
+def add_gradient(
+    work: Work,
+    *,
+    scale: Scale = UNSCALED,
+    with_value: bool = True,
+    any_dtype: bool = False,
+    run: Callable[..., Measure | None] | None = None,
+) -> Measure | None:
+    """Adds the penalty's gradient to .grad, which is created where it is None, in one sweep.
+
+    Raises TypeError, ValueError or RuntimeError, before anything is written, for a .grad of another dtype, device or
+    shape than its weight, or that cannot be changed in place. With `any_dtype` a .grad may have another dtype, as
+    `Tensor.grad_dtype` allows. `run` is the function that sweeps, where the caller has chosen it.
+    """
+    run = run or sweep_for(work)
+    grads: list[Any] = [w.grad for w in work.weights]
+    if run is local_sweep and work.layout is not None and work.layout.accepts(grads):
+        found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
+        torch.autograd.graph.increment_version(grads)
+        return found
+    if any_dtype:
+        grads = [None if _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
+    elif not torch.compiler.is_compiling():  # compilers cannot be asked for a weight's grad_dtype
+        _check_first_gradients(work)
+    grads = list(map(_usable_gradient, work.weights, grads, work.names))
+    found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
+    for w, grad in zip(work.weights, grads, strict=True):
+        if any_dtype and w.grad is not grad:
+            _store_gradient(w, grad)
+        elif w.grad is not grad:
+            w.grad = grad
+    mark_changed(work, grads)
+    return found
+
+
+def _usable_gradient(weight: Tensor, grad: Tensor | None, name: str) -> Tensor:
+    """`grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
+    if not is_dtensor(weight):
+        return _usable_part(grad, weight, name)
+    grad = None if grad is None else as_placed(grad, weight)
+    part = None if grad is None else local_shard(grad)
+    usable = _usable_part(part, local_shard(weight), name)
+    return grad if grad is not None and usable is part else as_dtensors([usable], [weight])[0]
+
+
+def _has_own_dtype(weight: Any) -> bool:
+    """Whether the gradient of `weight` has another dtype, or is to have one."""
+    dtype = getattr(weight, "grad_dtype", None) if weight.grad is None else weight.grad.dtype
+    return dtype is not None and dtype != weight.dtype
+
+
+def _check_first_gradients(work: Work) -> None:
+    for name, w in zip(work.names, work.weights, strict=True):
+        if w.grad is None and _has_own_dtype(w):
+            dtype = w.grad_dtype  # type: ignore[attr-defined]
+            raise TypeError(
+                f"the .grad of parameter {name!r} is to be {dtype}, not {w.dtype}: add the penalty to the loss instead"
+            )
+
+
+def _store_gradient(weight: Any, grad: Tensor) -> None:
+    if not _has_own_dtype(weight):
+        weight.grad = grad
+    elif weight.grad is None:
+        weight.grad = grad.to(weight.grad_dtype)
+    else:
+        weight.grad.add_(grad)
+
+
+def _usable_part(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
+    if grad is None:
+        # The strides that autograd would give it (its layout contract, in accumulate_grad.h).
+        layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
+        # -0.0 + x is exactly x, also for x = -0.0. Backward passes outside of inference mode will add to it, too.
+        with torch.inference_mode(False):
+            return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
+    what = f"the .grad of parameter {name!r}"
+    if grad.dtype != weight.dtype or grad.device != weight.device:
+        raise TypeError(
+            f"{what} is {grad.dtype} on {grad.device} but the weight is {weight.dtype} on {weight.device}; add the "
+            "penalty to the loss instead, or convert the gradient"
+        )
+    if grad.shape != weight.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(grad.shape)} but the weight has {tuple(weight.shape)}; set it to None"
+        )
+    if grad.layout != torch.strided:
+        return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
+    check_writable(grad, what)
+    return grad
