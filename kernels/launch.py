@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastreg.core.layout import Part
 from fastreg.core.types import Grads, Measure, Mode, Scale, Update, Work
-from fastreg.kernels.finish_kernel import _finish_kernel
-from fastreg.kernels.sweep_kernel import _sweep_kernel
+from fastreg.kernels.finish import _finish_kernel
+from fastreg.kernels.sweep import _sweep_kernel
 from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
 
 # Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.

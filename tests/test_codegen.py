@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from bench import codegen
 from bench.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
 from fastreg.core.types import UNSCALED, Mode, Scale
-from fastreg.kernels import launch, sweep_kernel
+from fastreg.kernels import launch, sweep
 from fastreg.kernels.tables import BLOCK, MOST_CHUNKS
 
 pytestmark = [
@@ -102,7 +102,7 @@ def test_with_an_atomic_reduction_the_check_fails(target: str, tmp_path: Path) -
 )
 def test_with_too_few_registers_the_check_fails(target: str, option: dict[str, int]) -> None:
     with pytest.raises(AssertionError, match="scratch"):
-        assert_in_registers(inspect_with(sweep_kernel, "accumulate", "fp64", target, option))
+        assert_in_registers(inspect_with(sweep, "accumulate", "fp64", target, option))
 
 
 def elements_per_thread(target: str) -> int:
@@ -129,7 +129,7 @@ def assert_in_registers(report: Report, spare: int = 0) -> None:
 
 def edited_kernels(pattern: str, replacement: str, folder: Path) -> ModuleType:
     """The kernels with something replaced in their source."""
-    source, n = re.subn(pattern, replacement, Path(sweep_kernel.__file__).read_text())
+    source, n = re.subn(pattern, replacement, Path(sweep.__file__).read_text())
     assert n > 0, "nothing was replaced"
     path = folder / "edited_kernels.py"
     path.write_text(source)

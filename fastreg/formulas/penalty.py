@@ -1,6 +1,6 @@
 """The mathematics as plain PyTorch expressions: the reference that every other implementation is tested against.
 
-`terms`, `gradient` and `prox` state the formulas of fastreg.functional, as `kernels/sweep_kernel.py` and
+`terms`, `gradient` and `prox` state the formulas of fastreg.functional, as `kernels/penalty.py` and
 `blocks/penalty.py` do for their own purposes. Autograd, compilers and transforms see through what is here.
 """
 

@@ -1,4 +1,4 @@
-"""What the sweep's kernel does to elements: the penalty's gradient, its proximal step, and whole steps of optimizers.
+"""Whole steps of optimizers with the penalty in them, element by element.
 
 Imports nothing but Triton. `fastreg.formulas.steps` states the steps; here they are in float32 or float64, with the
 numbers that are the same for all elements formed once per program, in float64.
@@ -6,6 +6,8 @@ numbers that are the same for all elements formed once per program, in float64.
 
 import triton
 import triton.language as tl
+
+from fastreg.kernels.penalty import _prox, _signed
 
 # Columns of the settings, as `fastreg.core.types.Settings` has them.
 LR, WEIGHT_DECAY, IS_DECOUPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -37,27 +39,6 @@ def _has_state(mode, number):
 def _epsilon(dtype):
     """The distance from 1 to the next number of `dtype`."""
     return 2.0**-dtype.fp_mantissa_width
-
-
-@triton.jit
-def _signed(w, l1):
-    """l1 * sign(w), and 0 for NaN."""
-    return tl.where(w > 0, l1, tl.where(w < 0, -l1, 0.0))
-
-
-@triton.jit
-def _gradient(w, l1, slope):
-    """l1 * sign(w) + slope * w, where slope is 2 * l2, with one rounding; sign(±0) = 0, and NaN comes by the slope."""
-    return tl.fma(w, slope, _signed(w, l1))
-
-
-@triton.jit
-def _prox(w, l1, shrinkage):
-    """sign(w) * max(|w| - l1, 0) * shrinkage, for an l1 that carries the step size."""
-    magnitude = tl.abs(w)
-    # Compared this way round, NaN takes the arithmetic branch and survives.
-    shrunk = tl.where(magnitude <= l1, 0.0, (magnitude - l1) * shrinkage)
-    return tl.where(w < 0, -shrunk, shrunk)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastreg.kernels.sweep_kernel import _pointer, _times
+from fastreg.kernels.pointers import _pointer, _times
 
 
 @triton.jit(do_not_specialize=range(12))

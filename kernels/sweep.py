@@ -8,48 +8,13 @@ A block that pairs of float32 sums do not suit ends the loop over such pairs, an
 import triton
 import triton.language as tl
 
-from fastreg.kernels.step_rules import (
-    SETTINGS_COLUMNS,
-    STEP,
-    _gradient,
-    _has_grad,
-    _has_state,
-    _is_step,
-    _prox,
-    _rule,
-    _step,
-)
+from fastreg.kernels.penalty import _gradient, _prox
+from fastreg.kernels.pointers import _beside, _load, _pointer, _store, _times
+from fastreg.kernels.steps import SETTINGS_COLUMNS, STEP, _has_grad, _has_state, _is_step, _rule, _step
 from fastreg.kernels.sums import _add, _block_sums, _suit_pairs
 
 TABLE_COLUMNS = tl.constexpr(4)  # address, number of elements, strength group, tensor
 STATE_COLUMNS = tl.constexpr(4)
-
-
-@triton.jit
-def _pointer(address, DTYPE: tl.constexpr):
-    # Under the interpreter a small argument, such as 0, is an int32.
-    return address.to(tl.int64).to(tl.pointer_type(DTYPE))
-
-
-@triton.jit
-def _times(value, address, is_double, index):
-    """`value`, a float64, times what a float64 or float32 vector at `address` holds at `index`, if there is one."""
-    if address != 0:
-        double = tl.load(_pointer(address, tl.float64) + index, mask=is_double, other=1.0)
-        single = tl.load(_pointer(address, tl.float32) + index, mask=is_double == 0, other=1.0)
-        value = value * (double * single.to(tl.float64))
-    return value
-
-
-@triton.jit
-def _load(ptr, first, lane, mask, COMPUTE: tl.constexpr):
-    ptrs = ptr + first + lane
-    return (tl.load(ptrs) if mask is None else tl.load(ptrs, mask=mask, other=0.0)).to(COMPUTE)
-
-
-@triton.jit
-def _store(ptr, first, lane, mask, values):
-    tl.store(ptr + first + lane, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,13 +82,6 @@ def _sweep_blocks(
         sums, lost, is_done = _sweep_block(pointers, first, lane, mask, numbers, sums, lost, MODE, SUM_DTYPE)
         block += tl.where(is_done, 1, 0)
     return block, sums, lost
-
-
-@triton.jit
-def _beside(address, distance, DTYPE: tl.constexpr):
-    """A pointer to what is that many bytes away, as if it were aligned, and by how much it is not."""
-    address += distance
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16), address % 16
 
 
 @triton.jit
