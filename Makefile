@@ -69,7 +69,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy tests/test_types.py
+	$(VENV)/bin/mypy tests/api/test_types.py
 
 wheel: $(STAMP)  ## build the wheel and use it in a clean environment
 	rm -rf dist build

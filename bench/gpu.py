@@ -81,7 +81,7 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
             str(folder / "run" / f"tune-{model}.json"),
         ]
 
-    few_tests = ["tests/test_sums.py", "tests/test_cuda_graphs.py"] if small else []
+    few_tests = ["tests/kernels/test_sums.py", "tests/kernels/test_cuda_graphs.py"] if small else []
     steps = ["--models", "mnist_mlp", "--rounds", "1"] if small else ["--rounds", "20"]
     host = ["--counts", "1,6", "--rounds", "3"] if small else ["--counts", "1,6,148,600", "--rounds", "60"]
     interpreted = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}

@@ -4,7 +4,8 @@ The weights are sharded as FSDP2 does it, in rows, the first device holding the 
 of that device's memory by operations on weights and gradients; tables, partial sums and scalars are left out. Bytes
 sent are those of ring algorithms: an all-reduce of S bytes on P devices sends 2 (P - 1) / P * S from each, an
 all-gather to which each gives S bytes sends (P - 1) * S (Thakur, Rabenseifner and Gropp, Optimization of Collective
-Communication Operations in MPICH, 2005). tests/test_scaling.py compares the formulas with what 1, 2 and 4 processes do.
+Communication Operations in MPICH, 2005). tests/bench/test_scaling.py compares the formulas with what 1, 2 and 4
+processes do.
 """
 
 import functools
@@ -21,7 +22,7 @@ SUMS = 16  # bytes: of |w| and of w², float64
 
 HEAD = """# Many devices
 
-Written by `python -m bench.scaling`, from formulas that `tests/test_scaling.py` holds against what 1, 2 and
+Written by `python -m bench.scaling`, from formulas that `tests/bench/test_scaling.py` holds against what 1, 2 and
 4 processes were seen to move and send. Nothing here is a measured time; no run had 64 or 4096 devices.
 
 float32 weights, sharded in rows as FSDP2 does it, a `.grad` that exists; per call, on the device that holds

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import INTERPRETED, PATHS, Path
-from tests.ranks import Teams
+from tests.support.helpers import INTERPRETED, PATHS, Path
+from tests.support.ranks import Teams
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Others run beside this process, one a core.

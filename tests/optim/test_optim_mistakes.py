@@ -1,0 +1,132 @@
+"""What fastreg.optim refuses, with a reason, before anything is changed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastreg
+from tests.support.helpers import bits
+from tests.support.training import loss_of, net
+
+KINDS = ["SGD", "Adam", "AdamW"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"l1": -0.1}, ValueError, "l1 must be finite and at least 0"),
+        ({"l2": float("nan")}, ValueError, "l2 must be finite and at least 0"),
+        ({"l1": "0.1"}, TypeError, "l1 must be a float or a 0-dim tensor"),
+        ({"l2": torch.ones(2)}, ValueError, "l2 must be a float or a 0-dim tensor"),
+        ({"prox": 1}, TypeError, "prox of param group 0 must be True or False, got 1"),
+        ({"track": "yes"}, TypeError, "track must be True or False, got 'yes'"),
+        ({"impl": "cuda"}, ValueError, 'impl must be "triton", "torch" or None'),
+        ({"maximize": True}, ValueError, "maximize=True would reward the penalty"),
+        ({"differentiable": True}, ValueError, "differentiable=True is not supported"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"l3": 0.1}, TypeError, "l3"),
+        ({"proximal": True}, TypeError, "proximal"),
+    ],
+)
+def test_wrong_arguments(kind: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(fastreg.optim, kind)(net().parameters(), **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        ({"l1": -1.0}, ValueError, "l1 of param group 1 must be finite and at least 0"),
+        ({"prox": "no"}, TypeError, "prox of param group 1 must be True or False"),
+        ({"Prox": True}, ValueError, r"groups\[1\] has a key 'Prox', which means nothing here; write 'prox'"),
+        ({"proxx": True}, ValueError, r"groups\[1\] has a key 'proxx', which means nothing here; write 'prox'"),
+        ({"L1": 0.1}, ValueError, r"groups\[1\] has a key 'L1', which means nothing here; write 'l1'"),
+        ({"lambda2": 0.1}, ValueError, "write 'l2'"),
+        ({"maximize": True}, ValueError, "maximize=True would reward"),
+    ],
+)
+def test_wrong_groups(kind: str, group: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = net()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **group}]
+    with pytest.raises(error, match=message):
+        getattr(fastreg.optim, kind)(groups)
+    optimizer = getattr(fastreg.optim, kind)(model[0].parameters())
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": list(model[2].parameters()), **group})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_momentum_from_one_on_has_no_proximal_step() -> None:
+    with pytest.raises(ValueError, match="a proximal step needs momentum < 1"):
+        fastreg.optim.SGD(net().parameters(), momentum=1.0, l1=0.1, prox=True)
+    fastreg.optim.SGD(net().parameters(), momentum=1.0, l1=0.1)
+    fastreg.optim.SGD(net().parameters(), momentum=1.0, prox=True)
+
+
+def change_option(name: str, value: Any) -> Callable[[Any, nn.Module], object]:
+    return lambda optimizer, model: optimizer.param_groups[0].update({name: value})
+
+
+def sparse_gradient(optimizer: Any, model: nn.Module) -> None:
+    model[2].weight.grad = torch.zeros(1, 7).to_sparse()
+
+
+def other_state(optimizer: Any, model: nn.Module) -> None:
+    optimizer.state[model[2].weight]["exp_avg"] = torch.zeros(1, 7, dtype=torch.float64)
+
+
+def expanded_weight(optimizer: Any, model: nn.Module) -> None:
+    model[2].bias.data = torch.zeros(1).expand(1)
+    model[0].bias.data = torch.zeros(1).expand(7)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (sparse_gradient, RuntimeError, r"the gradient of parameter 'groups\[0\].params\[2\]' is sparse"),
+        (other_state, TypeError, "the optimizer state of parameter .* is torch.float64"),
+        (expanded_weight, ValueError, "is expanded: its elements share memory"),
+        (change_option("l1", -1.0), ValueError, "l1 of param group 0 must be finite and at least 0"),
+        (change_option("lr", float("nan")), ValueError, "lr of param group 0 must be finite and at least 0"),
+        (change_option("prox", None), TypeError, "prox of param group 0"),
+        (change_option("maximize", True), ValueError, "maximize=True"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
+def test_a_step_that_raises_has_changed_nothing(
+    change: Callable[[Any, nn.Module], object], error: type[Exception], message: str, first: bool
+) -> None:
+    model = net()
+    optimizer = fastreg.optim.Adam(model.parameters(), lr=0.1, l1=0.1)
+    if not first or change is other_state:
+        loss_of(model, 0).backward()
+        optimizer.step()
+    loss_of(model, 1).backward()
+    change(optimizer, model)
+    tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+    before = bits(*tensors)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert bits(*tensors) == before
+
+
+def test_parameters_that_have_no_penalty() -> None:
+    w = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    optimizer = fastreg.optim.Adam([w])
+    w.grad = torch.zeros_like(w)
+    with pytest.raises(TypeError, match=r"parameter 'groups\[0\].params\[0\]' has dtype torch.complex64"):
+        optimizer.step()
+
+
+def test_named_parameters_are_named() -> None:
+    model = net()
+    optimizer = fastreg.optim.SGD(model.named_parameters(), lr=0.1)
+    loss_of(model, 0).backward()
+    sparse_gradient(optimizer, model)
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter '2\.weight' is sparse"):
+        optimizer.step()

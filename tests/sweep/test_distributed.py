@@ -1,0 +1,241 @@
+"""Sharded weights on 2 and 4 processes: the numbers of the unsharded ones, and what crosses the wire for them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fastreg
+from tests.support.cases import L1, L2
+from tests.support.check_sharded import check_everything
+from tests.support.ranks import (
+    AVAILABLE,
+    Case,
+    Ranks,
+    Wire,
+    assert_sharded_like,
+    close,
+    full,
+    on_processes,
+    sharded,
+    tensor,
+)
+
+pytestmark = on_processes
+if AVAILABLE:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+VALUES = [((8, 6), 0), ((5,), 1), ((3, 7), 2), ((1,), 3), ((0, 4), 4), ((6, 4, 2), 5)]
+DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.float16]
+
+
+def values(dtypes: list[torch.dtype] | None = None) -> list[Tensor]:
+    dtypes = dtypes or [torch.float32] * len(VALUES)
+    return [tensor(*shape, dtype=dtype, seed=seed) for (shape, seed), dtype in zip(VALUES, dtypes, strict=True)]
+
+
+def one_dimensional(ranks: Ranks) -> None:
+    """Uneven and empty shards: a weight of one element, one of none, and 5 rows for 4 ranks."""
+    mesh = ranks.mesh()
+    check_everything(ranks, sharded(values(), [(mesh, [Shard(0)])] * 6, ranks.device), n_collectives=1)
+
+
+def half_precision(ranks: Ranks) -> None:
+    mesh = ranks.mesh()
+    weights = sharded(values(DTYPES), [(mesh, [Shard(0)])] * 6, ranks.device)
+    with torch.no_grad():
+        found = fastreg.elastic_penalty(weights, L1, L2, impl=ranks.impl)
+        close(found, fastreg.elastic_penalty([full(w) for w in weights], L1, L2, impl="torch"))
+    fastreg.add_elastic_grad_(weights, L1, L2, impl=ranks.impl)
+    for w in weights:
+        assert_sharded_like(w.grad, w)
+        other = nn.Parameter(full(w.detach()))
+        fastreg.add_elastic_grad_([other], L1, L2, impl="torch")
+        torch.testing.assert_close(full(w.grad), other.grad)
+
+
+def double_precision(ranks: Ranks) -> None:
+    """All digits of float64 come through the sums of shards and ranks."""
+    weights = sharded(values([torch.float64] * 6), [(ranks.mesh(), [Shard(0)])] * 6, ranks.device)
+    found = fastreg.elastic_penalty(weights, L1, L2, impl=ranks.impl)
+    expected = fastreg.elastic_penalty([full(w.detach()) for w in weights], L1, L2, impl="torch")
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-14, atol=0)
+
+
+def other_dimensions_and_groups(ranks: Ranks) -> None:
+    mesh = ranks.mesh()
+    dims = [1, 0, 1, 0, 1, 2]
+    weights = sharded(values(), [(mesh, [Shard(d)]) for d in dims], ranks.device)
+    check_everything(ranks, weights, n_collectives=1, by_group=True)
+
+
+def replicated_and_plain(ranks: Ranks) -> None:
+    mesh = ranks.mesh()
+    layout: list[Any] = [(mesh, [Shard(0)]), (mesh, [Replicate()]), None, (mesh, [Replicate()]), None, None]
+    for by_group in (False, True):
+        check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1, by_group=by_group)
+
+
+def only_replicated(ranks: Ranks) -> None:
+    mesh = ranks.mesh()
+    weights = sharded(values(), [(mesh, [Replicate()])] * 6, ranks.device)
+    with Wire() as wire:
+        found = fastreg.elastic_penalty(weights, L1, L2, impl=ranks.impl)
+    assert wire.collectives == []
+    close(found, fastreg.elastic_penalty([full(w.detach()) for w in weights], L1, L2, impl="torch"))
+    local = fastreg.elastic_penalty(weights, L1, L2, reduce=False, impl=ranks.impl).detach()
+    dist.all_reduce(local)
+    close(local, found)
+
+
+def two_dimensional(ranks: Ranks) -> None:
+    """Every pair of placements in one model: one all-reduce, of everybody's part exactly once."""
+    mesh = ranks.mesh(2, ranks.world // 2, names=("dp", "tp"))
+    layout = [
+        (mesh, [Shard(0), Shard(1)]),
+        (mesh, [Shard(0), Replicate()]),
+        (mesh, [Replicate(), Shard(0)]),
+        (mesh, [Replicate(), Replicate()]),
+        (mesh, [Shard(0), Shard(0)]),
+        (mesh, [Shard(2), Shard(1)]),
+    ]
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1)
+
+
+def one_dimension_of_two(ranks: Ranks) -> None:
+    """HSDP: what is replicated on one dimension is summed over the other one only."""
+    mesh = ranks.mesh(2, ranks.world // 2)
+    weights = sharded(values(), [(mesh, [Replicate(), Shard(0)])] * 6, ranks.device)
+    check_everything(ranks, weights, n_collectives=1, by_group=True)
+
+
+def two_dimensions_of_three(ranks: Ranks) -> None:
+    """Neither one dimension nor all of them are sharded, and one collective does it."""
+    mesh = ranks.mesh(ranks.world // 2, 2, 1)
+    layout = [(mesh, [Replicate(), Shard(0), Shard(0)]), (mesh, [Replicate(), Shard(1), Replicate()])] * 3
+    layout[1] = layout[3] = (mesh, [Replicate(), Replicate(), Shard(0)])
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=1)
+
+
+def two_dimensions_of_a_part_of_the_ranks(ranks: Ranks) -> None:
+    """Whoever made groups of his own before: none is made for this."""
+    dist.new_group([0])
+    mesh = ranks.mesh(ranks.world // 2, 2, 1, names=("dp", "tp", "sp"))["tp", "sp"]
+    layout = [(mesh, [Shard(0), Shard(0)]), (mesh, [Shard(1), Replicate()])] * 3
+    layout[1] = layout[3] = (mesh, [Replicate(), Shard(0)])
+    # Where these are all ranks one collective does it, else one for each dimension.
+    weights = sharded(values(), layout, ranks.device)
+    check_everything(ranks, weights, n_collectives=1 if ranks.world == 2 else 2)
+
+
+def several_meshes(ranks: Ranks) -> None:
+    mesh = ranks.mesh(2, ranks.world // 2, names=("dp", "tp"))
+    other = ranks.mesh()
+    layout = [
+        (mesh["dp"], [Shard(0)]),
+        (other, [Shard(0)]),
+        (mesh, [Shard(0), Shard(1)]),
+        None,
+        (mesh["dp"], [Shard(1)]),
+        (mesh["dp"], [Replicate()]),
+    ]
+    check_everything(ranks, sharded(values(), layout, ranks.device), n_collectives=3)
+
+
+def partial_weights_are_refused(ranks: Ranks) -> None:
+    weight = DTensor.from_local(torch.ones(3, 3, device=ranks.device), ranks.mesh(), [Partial()])
+    with pytest.raises(TypeError, match=r"'params' is a DTensor with a Partial placement.*redistribute"):
+        fastreg.elastic_penalty(weight, L1, L2)
+
+
+def wrong_arguments_raise_on_every_rank(ranks: Ranks) -> None:
+    """Before anything is sent: otherwise this would not come to an end."""
+    mesh = ranks.mesh()
+    weight, integers = (
+        distribute_tensor(tensor(5, 3).to(d).to(ranks.device), mesh, [Shard(0)]) for d in (torch.float32, torch.int32)
+    )
+    parameter = nn.Parameter(weight)
+    strength_of_all = distribute_tensor(torch.tensor(0.1, device=ranks.device), mesh, [Replicate()])
+    with Wire() as wire:
+        for strength in (-1.0, float("nan"), torch.ones(2)):
+            with pytest.raises(ValueError, match="l1 must be"):
+                fastreg.elastic_penalty(parameter, strength)
+        with pytest.raises(TypeError, match="got a DTensor"):
+            fastreg.elastic_penalty(parameter, strength_of_all)
+        with pytest.raises(TypeError, match="int32"):
+            fastreg.elastic_penalty(integers, L1)
+        with pytest.raises(ValueError, match="lr must be"):
+            fastreg.elastic_prox_(parameter, L1, lr=-1.0)
+        with pytest.raises(RuntimeError, match="cannot be traced"):
+            torch.func.grad(lambda w: fastreg.elastic_penalty(w, L1))(parameter)
+        parameter.grad = DTensor.from_local(torch.ones(5, 3, device=ranks.device), mesh, [Replicate()])
+    assert wire.collectives == []
+
+
+def gradients_of_other_placements(ranks: Ranks) -> None:
+    """As tensor parallelism leaves those of normalisation layers: a sum that nobody has formed yet."""
+    mesh = ranks.mesh()
+    weight = nn.Parameter(distribute_tensor(tensor(5, 3).to(ranks.device), mesh, [Replicate()]))
+    ones = torch.ones(5, 3, device=ranks.device)
+    weight.grad = DTensor.from_local(ones, mesh, [Partial()])
+    fastreg.add_elastic_grad_(weight, L1, L2, impl=ranks.impl)
+    assert_sharded_like(weight.grad, weight)
+    other = nn.Parameter(full(weight.detach()))
+    other.grad = ranks.world * ones
+    fastreg.add_elastic_grad_(other, L1, L2, impl="torch")
+    close(weight.grad, other.grad)
+
+
+def changes_between_forward_and_backward(ranks: Ranks) -> None:
+    mesh = ranks.mesh()
+    for change in (lambda w: w.mul_(2), lambda w: w.to_local().mul_(2)):
+        weight = nn.Parameter(distribute_tensor(tensor(5, 3).to(ranks.device), mesh, [Shard(0)]))
+        penalty = fastreg.elastic_penalty(weight, L1, L2, impl=ranks.impl)
+        with torch.no_grad():
+            change(weight)
+        with pytest.raises(RuntimeError, match="modified by an in-place operation"):
+            penalty.backward()
+        # The library's own changes are noticed by others.
+        loss = weight.square().sum()
+        fastreg.elastic_prox_(weight, L1, L2, lr=0.1, impl=ranks.impl)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def a_copy_of_the_model(ranks: Ranks) -> None:
+    weights = sharded(values(), [(ranks.mesh(), [Shard(0)])] * 6, ranks.device)
+    reg = fastreg.ElasticNet(weights, L1, L2, impl=ranks.impl)
+    close(copy.deepcopy(reg)(), reg())
+
+
+CASES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        one_dimensional,
+        half_precision,
+        double_precision,
+        other_dimensions_and_groups,
+        replicated_and_plain,
+        only_replicated,
+        two_dimensional,
+        one_dimension_of_two,
+        two_dimensions_of_three,
+        two_dimensions_of_a_part_of_the_ranks,
+        several_meshes,
+        partial_weights_are_refused,
+        wrong_arguments_raise_on_every_rank,
+        gradients_of_other_placements,
+        changes_between_forward_and_backward,
+        a_copy_of_the_model,
+    )
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_every_rank(on_every_rank: Callable[[str], None], name: str) -> None:
+    on_every_rank(name)
