@@ -15,8 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train the digits MLP four times: no penalty, L1, L2, elastic net
+demo: $(STAMP)  ## train the digits MLP with no penalty, L1, L2, elastic net, and L1 by proximal steps: exact zeros
 	for penalty in none l1 l2 elastic; do $(RUN) examples/digits.py --penalty $$penalty || exit 1; done
+	$(RUN) examples/digits.py --penalty l1 --method prox
 
 test: test-torch test-interpreter test-codegen test-jit
 
