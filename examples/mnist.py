@@ -126,7 +126,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def environment() -> dict[str, Any]:
     """Device, versions and commit."""
     sys.path.append(str(ROOT))
-    from bench import results
+    from bench.report import results
 
     return results.environment(torch.device("cpu"))
 
