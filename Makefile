@@ -46,14 +46,14 @@ test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
 
 gpu: $(STAMP)  ## on a GPU, everything in 20 minutes: tests, sanitizer, benchmarks, replays, tuning; GPU="--minutes 10"
-	$(RUN) -m bench.gpu $(GPU)
+	$(RUN) -m bench.run_on_gpu $(GPU)
 
 bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models gpt2" to choose
 	$(RUN) -m pytest bench --benchmark-only --benchmark-quiet --results bench/results/ $(BENCH)
-	$(RUN) -m bench.host --results bench/results/
+	$(RUN) -m bench.measure.host --results bench/results/
 
 report: $(STAMP)  ## docs/benchmarks.md and its figures from bench/results/
-	$(RUN) -m bench.report
+	$(RUN) -m bench.report.pages
 
 DOCS := $(VENV)/.docs
 

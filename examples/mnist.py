@@ -132,7 +132,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def environment() -> dict[str, Any]:
     """Return device, versions and commit."""
     sys.path.append(str(ROOT))
-    from bench import results
+    from bench.report import results
 
     return results.environment(torch.device("cpu"))
 

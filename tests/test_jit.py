@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from bench import small_sweep
+from bench.measure import small_sweep
 from fastreg import layout
 from fastreg.inplace import add_gradient
 from fastreg.strengths import Scale
