@@ -178,12 +178,12 @@ def draw_accuracy(axes: Axes, stored: dict[str, Any]) -> None:
 
 def draw(stored: dict[str, Any], path: Path) -> None:
     """Draw the figure of the README from stored results."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_histogram(left, stored)
     draw_accuracy(right, stored)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     print(f"plot  {path}")
 
 
