@@ -15,8 +15,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train the digits MLP four times: no penalty, L1, L2, elastic net
+demo: $(STAMP)  ## train the digits MLP with no penalty, L1, L2, elastic net, and L1 by proximal steps: exact zeros
 	for penalty in none l1 l2 elastic; do $(RUN) examples/digits.py --penalty $$penalty || exit 1; done
+	$(RUN) examples/digits.py --penalty l1 --method prox
 
 test: test-torch test-interpreter test-codegen test-jit
 
@@ -45,14 +46,14 @@ test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
 
 gpu: $(STAMP)  ## on a GPU, everything in 20 minutes: tests, sanitizer, benchmarks, replays, tuning; GPU="--minutes 10"
-	$(RUN) -m bench.gpu $(GPU)
+	$(RUN) -m bench.run_on_gpu $(GPU)
 
 bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models gpt2" to choose
 	$(RUN) -m pytest bench --benchmark-only --benchmark-quiet --results bench/results/ $(BENCH)
-	$(RUN) -m bench.host --results bench/results/
+	$(RUN) -m bench.measure.host --results bench/results/
 
 report: $(STAMP)  ## docs/benchmarks.md and its figures from bench/results/
-	$(RUN) -m bench.report
+	$(RUN) -m bench.report.pages
 
 DOCS := $(VENV)/.docs
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import models, results
-from bench.harness import Call, Harness, launches, peak_extra_bytes
-from bench.ledger import FLOOR_PASSES
-from bench.peers import COMPILED, Found, Weights
+from bench.measure import models
+from bench.measure.harness import Call, Harness, launches, peak_extra_bytes
+from bench.measure.peers import COMPILED, Found, Weights
+from bench.report import results
+from bench.static.ledger import FLOOR_PASSES
 
 # Passes over the weights in fastreg's design; through backward one in the forward pass, and three after it.
 PASSES = FLOOR_PASSES | {"backward": 4}

@@ -10,8 +10,8 @@ from torch import nn
 
 import fastreg
 from bench.conftest import SESSION, Session, What
-from bench.models import SHAPES, Shapes, from_shapes, n_weights
-from bench.peers import COMPILED, L1, L2, LR, PEERS, Found, check, methods, prepare, restore
+from bench.measure.models import SHAPES, Shapes, from_shapes, n_weights
+from bench.measure.peers import COMPILED, L1, L2, LR, PEERS, Found, check, methods, prepare, restore
 
 TASKS = ("backward", "add_grad", "value", "prox")
 

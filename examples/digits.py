@@ -1,14 +1,19 @@
-"""Trains a small MLP on handwritten digits with an L1, L2 or elastic-net penalty, or none.
+"""Train a small MLP on handwritten digits with an L1, L2 or elastic-net penalty, or none.
 
     python examples/digits.py --penalty l1
+    python examples/digits.py --penalty l1 --method prox    # leaves exact zeros
 
-Prints for each epoch the loss and what it is made of, and the share of weights that are exactly zero. The elastic net
-mixes the two strengths 0.3 to 0.7. `--method` says how the penalty is applied: as a term of the loss, by `attach` as a
-gradient added before each optimizer step (the same weights, bit for bit), by `prox` as a proximal step after it, or by
-`optimizer` as the same proximal step inside of fastreg.optim.SGD. The last two leave exact zeros. digits_plots.py draws
-all this, and compares the methods.
+For each epoch the script prints the loss, its parts, and the share of weights that are exactly zero. The elastic net
+uses 0.3 of l1 and 0.7 of l2. `--method` says how the penalty is applied:
 
-The data are the 8x8 images that come with scikit-learn. Needs: pip install ".[examples]"
+    penalty      a term of the loss
+    attach       a gradient added before each optimizer step; the weights are the same, bit for bit
+    prox         a proximal step after each optimizer step, which leaves exact zeros
+    optimizer    the same proximal step inside fastreg.optim.SGD
+
+digits_plots.py draws the training and compares the methods.
+
+The data are scikit-learn's 8x8 images of digits. Needs: pip install ".[examples]"
 """
 
 import argparse
@@ -21,16 +26,16 @@ from torch import Tensor, nn
 
 import fastreg
 
-# What each penalty takes of l1 and of l2.
+# The factors of l1 and l2 for each penalty.
 SHARES = {"none": (0.0, 0.0), "l1": (1.0, 0.0), "l2": (0.0, 1.0), "elastic": (0.3, 0.7)}
-METHODS = {"penalty": None, "attach": "grad", "prox": "prox", "optimizer": None}  # and the mode to attach in, if any
+METHODS = {"penalty": None, "attach": "grad", "prox": "prox", "optimizer": None}  # the mode of attach, if any
 BATCH_SIZE = 32
 LEARNING_RATE = 0.2
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def load_data(dtype: torch.dtype = torch.float32) -> Data:
-    """The training images (n, 64) and their digits (n,), then a fifth of all for testing."""
+    """Return images (n, 64) and digits (n,) for training, then for testing: a fifth of all."""
     images, digits = load_digits(return_X_y=True)
     x = torch.tensor(images / 16, dtype=dtype)
     x_train, x_test, y_train, y_test = train_test_split(x, torch.tensor(digits), test_size=0.2, random_state=0)
@@ -38,13 +43,13 @@ def load_data(dtype: torch.dtype = torch.float32) -> Data:
 
 
 def build_model() -> nn.Sequential:
-    """The MLP, the same one at every call."""
+    """Return the MLP, with the same weights at every call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def build_optimizer(model: nn.Module, l1: float, l2: float, method: str) -> torch.optim.Optimizer:
-    """SGD, with the penalty inside if `method` says so."""
+    """Return SGD, for the method "optimizer" with the penalty inside."""
     if method == "optimizer":
         return fastreg.optim.SGD(model.parameters(), lr=LEARNING_RATE, l1=l1, l2=l2, prox=True, track=True)
     return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -53,7 +58,7 @@ def build_optimizer(model: nn.Module, l1: float, l2: float, method: str) -> torc
 def train(
     model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, l1: float, l2: float, method: str, epochs: int
 ) -> Iterator[Tensor]:
-    """Trains; yields after each epoch the loss, cross-entropy, l1 and l2 part of each step, a tensor (n_steps, 4)."""
+    """Train; yield after each epoch the loss, cross-entropy, l1 and l2 part of each step: a tensor (n_steps, 4)."""
     x, y = data[0], data[1]
     reg = fastreg.ElasticNet(model, l1=l1, l2=l2)
     mode = METHODS[method]
@@ -71,7 +76,7 @@ def train(
             loss.backward()
             optimizer.step()
             if method != "penalty":
-                # Of the weights that the step found, or in mode "prox" of those that it made.
+                # The penalty of the weights before the step; in mode "prox", of those after it.
                 penalty = optimizer.last if method == "optimizer" else reg.last
                 loss = cross_entropy + penalty.total
             steps.append(torch.stack([loss, cross_entropy, penalty.l1, penalty.l2]).detach())
@@ -79,12 +84,12 @@ def train(
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The fraction of images that are recognised."""
+    """Return the fraction of images that are classified correctly."""
     return (model(x).argmax(dim=1) == y).double().mean().item()
 
 
 def options() -> argparse.ArgumentParser:
-    """What can be said on the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--penalty", choices=SHARES, default="elastic", help="default: %(default)s")
     parser.add_argument("--method", choices=METHODS, default="penalty", help="default: %(default)s")
@@ -95,13 +100,13 @@ def options() -> argparse.ArgumentParser:
 
 
 def strengths(args: argparse.Namespace) -> tuple[float, float]:
-    """l1 and l2 after mixing."""
+    """Return l1 and l2 of the chosen penalty."""
     share_l1, share_l2 = SHARES[args.penalty]
     return share_l1 * args.l1, share_l2 * args.l2
 
 
 def main(arguments: Sequence[str] | None = None) -> nn.Module:
-    """Trains as the command line says; returns the model."""
+    """Train as the command line says; return the model."""
     args = options().parse_args(arguments)
     l1, l2 = strengths(args)
     data, model = load_data(), build_model()
@@ -116,5 +121,5 @@ def main(arguments: Sequence[str] | None = None) -> nn.Module:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # layers this small only lose time to threads
+    torch.set_num_threads(1)  # more threads are slower for layers this small
     main()

@@ -1,9 +1,9 @@
-"""Draws the training of digits.py: its loss, its weights and their exact zeros; with `--compare`, of all methods.
+"""Draw the training of digits.py: loss, weights and exact zeros; with `--compare`, the exact zeros of all methods.
 
     python examples/digits_plots.py --penalty l1
     python examples/digits_plots.py --penalty l1 --compare
 
-The picture goes to outputs/; the options are those of digits.py, and `--out` for another folder.
+The picture goes to outputs/, or to the folder of `--out`. The other options are those of digits.py.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import fastreg
 
-# Wide and dashed, for curves that coincide: the first two, and the other two.
+# Two pairs of curves coincide: draw the first of each wide and the second dashed.
 LOOKS = ({"linewidth": 4}, {"linestyle": "--"}, {"linewidth": 4}, {"linestyle": "--"})
 
 
 class Run(NamedTuple):
-    """What came of one training; the exact zeros are fractions, before training and after each epoch."""
+    """The results of one training. `zeros` are fractions, before training and after each epoch."""
 
     model: nn.Module
     initial: Tensor  # all weights in one vector
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 def run(args: argparse.Namespace, method: str) -> Run:
-    """Trains with `method`, and as the command line says otherwise."""
+    """Train with `method` and the options of the command line."""
     data, model = digits.load_data(), digits.build_model()
     initial, zeros, means = weights(model), [fastreg.sparsity(model).item()], []
     optimizer = digits.build_optimizer(model, *digits.strengths(args), method)
@@ -49,24 +49,24 @@ def run(args: argparse.Namespace, method: str) -> Run:
 
 
 def weights(model: nn.Module) -> Tensor:
-    """A copy of all parameters as one vector."""
+    """Return a copy of all parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def draw_loss(axes: Axes, run: Run) -> None:
-    """The loss and its parts by epoch."""
+    """Draw the loss and its parts by epoch."""
     epochs = range(1, len(run.means) + 1)
     for values, label in zip(run.means.T, ("loss", "cross-entropy", "l1 part", "l2 part"), strict=True):
-        if values.any():  # a part without strength has no place on a log axis
+        if values.any():  # a log axis cannot show a part that is 0
             axes.plot(epochs, values, label=label, marker=".")
     axes.set(xlabel="epoch", ylabel="mean over the epoch's steps", yscale="log", title="Training loss and its parts")
     axes.legend()
 
 
 def draw_weights(axes: Axes, run: Run) -> None:
-    """How many weights have which size, before and after."""
+    """Draw the histogram of the weights before and after training."""
     reach = torch.cat([run.initial, run.trained]).abs().max().item()
-    bins = torch.linspace(-reach, reach, 82)  # an odd number of bins: one is centred on zero
+    bins = torch.linspace(-reach, reach, 82)  # an odd number of bins: one is centered on zero
     axes.hist(run.initial, bins, label="initial", color="0.75")
     axes.hist(run.trained, bins, label="trained", color="C3", histtype="step")
     axes.set(xlabel="weight", ylabel="weights per bin", yscale="log", title="Weights before and after training")
@@ -74,7 +74,7 @@ def draw_weights(axes: Axes, run: Run) -> None:
 
 
 def draw_zeros(axes: Axes, runs: dict[str, Run]) -> None:
-    """The share of exact zeros by epoch, a curve for each method."""
+    """Draw the share of exact zeros by epoch, a curve for each method."""
     for (method, run), look in zip(runs.items(), LOOKS, strict=False):
         label = f"{method}: {run.zeros[-1]:.1%} at the end, test accuracy {run.accuracy:.1%}"
         axes.plot(run.zeros, label=label, marker=".", **look)
@@ -85,15 +85,15 @@ def draw_zeros(axes: Axes, runs: dict[str, Run]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, nn.Module]:
-    """Trains and draws as the command line says; returns the models by method."""
+    """Train and draw as the command line says; return the models by method."""
     parser = digits.options()
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--compare", action="store_true", help="all methods instead of the one of --method")
+    parser.add_argument("--compare", action="store_true", help="draw all methods")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="a folder (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {method: run(args, method) for method in (digits.METHODS if args.compare else [args.method])}
-    # Without pyplot nothing looks for a display: savefig renders a PNG with Agg.
+    # Figure instead of pyplot: it needs no display.
     figure = Figure(figsize=(8, 4.5) if args.compare else (15, 4.2), layout="constrained")
     figure.suptitle(f"Digits, penalty {args.penalty}")
     if args.compare:
@@ -110,5 +110,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, nn.Module]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # layers this small only lose time to threads
+    torch.set_num_threads(1)  # more threads are slower for layers this small
     main()

@@ -1,11 +1,11 @@
-"""How sparse a network becomes at what accuracy, by the optimizer and by how the L1 penalty is applied.
+"""Compare ways to apply an L1 penalty: the share of exact zeros and the test accuracy, for four optimizers.
 
-    python examples/exact_zeros.py                    # digits, all of it: some minutes
+    python examples/exact_zeros.py                    # scikit-learn's digits: some minutes
     python examples/exact_zeros.py --data FOLDER      # a folder with the four IDX files of Fashion-MNIST or MNIST
-    python examples/exact_zeros.py --plot             # draws what was stored
+    python examples/exact_zeros.py --plot             # draw the stored results
 
-Trains the MLP of digits.py, or 784-64-32-10, for each optimizer, way, strength and seed, and writes the share of exact
-zeros among the weight matrices and the test accuracy to bench/results/training/. Needs: pip install ".[examples]"
+Trains the MLP of digits.py, or 784-64-32-10, for each optimizer, way, strength and seed. Writes the share of exact
+zeros in the weight matrices and the test accuracy to bench/results/training/. Needs: pip install ".[examples]"
 """
 
 import argparse
@@ -35,16 +35,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 BUILT_IN, ATTACHED, BY_LR, GRADIENT = "built in", "attached", 'attached, metric="lr"', "gradient"
 WAYS = (BUILT_IN, ATTACHED, BY_LR, GRADIENT)
 STRENGTHS = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-LOOKS = {
-    BUILT_IN: ("C3", "o", "-"),
-    ATTACHED: ("black", "x", ":"),
-    BY_LR: ("C0", "s", "--"),
-    GRADIENT: ("C7", "^", "-."),
+LOOKS = {  # of each way: color, marker, line and label
+    BUILT_IN: ("C3", "o", "-", "fastreg.optim, prox=True"),
+    ATTACHED: ("black", "x", ":", 'attach(mode="prox")'),
+    BY_LR: ("C0", "s", "--", 'attach(mode="prox", metric="lr")'),
+    GRADIENT: ("C7", "^", "-.", 'attach(mode="grad")'),
 }
 
 
 def optimizer_of(name: str, way: str, model: nn.Module, l1: float) -> torch.optim.Optimizer:
-    """The optimizer with the penalty of all matrices: biases go without."""
+    """Return the optimizer, with a penalty of the matrices and not of the biases."""
     options = OPTIMIZERS[name]
     kind = "SGD" if name.startswith(("SGD", "momentum")) else name
     if way == BUILT_IN:
@@ -61,7 +61,7 @@ def optimizer_of(name: str, way: str, model: nn.Module, l1: float) -> torch.opti
 
 
 def train(data: digits.Data, name: str, way: str, l1: float, seed: int, epochs: int) -> dict[str, Any]:
-    """One training, and what came of it."""
+    """Train once; return the share of zeros and the test accuracy."""
     x, y, x_test, y_test = data
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
@@ -77,49 +77,50 @@ def train(data: digits.Data, name: str, way: str, l1: float, seed: int, epochs: 
 
 
 def all_runs(data: digits.Data, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every optimizer, way, strength and seed."""
+    """Yield the results for every optimizer, way, strength and seed."""
     for name, way, l1, seed in itertools.product(OPTIMIZERS, WAYS, args.strengths, range(args.seeds)):
         yield train(data, name, way, l1, seed, args.epochs)
 
 
 def draw(stored: dict[str, Any], path: Path) -> None:
-    """Test accuracy over exact zeros: a panel per optimizer, a curve per way through the means over the seeds."""
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    """Draw test accuracy over exact zeros: a panel per optimizer; the curves go through the means over the seeds."""
+    figure = Figure(figsize=(11, 9), layout="constrained")
     figure.suptitle(f"{stored['data']}: {stored['epochs']} epochs, {stored['seeds']} seeds, l1 from {stored['l1']}")
-    for axes, name in zip(figure.subplots(1, len(OPTIMIZERS), sharey=True), OPTIMIZERS, strict=True):
+    for axes, name in zip(figure.subplots(2, 2, sharey=True).flat, OPTIMIZERS, strict=True):
         for way in WAYS:
             own = [r for r in stored["runs"] if r["optimizer"] == name and r["way"] == way]
             strengths = sorted({r["l1"] for r in own})
             means = [
                 [np.mean([r[key] for r in own if r["l1"] == l1]) for l1 in strengths] for key in ("zeros", "accuracy")
             ]
-            colour, marker, line = LOOKS[way]
-            axes.scatter([r["zeros"] for r in own], [r["accuracy"] for r in own], s=8, color=colour, alpha=0.3)
-            axes.plot(*means, color=colour, marker=marker, linestyle=line, label=way)
+            color, marker, line, label = LOOKS[way]
+            axes.scatter([r["zeros"] for r in own], [r["accuracy"] for r in own], s=8, color=color, alpha=0.3)
+            axes.plot(*means, color=color, marker=marker, linestyle=line, label=label)
         axes.set(title=name, xlabel="weights that are exactly zero")
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
         axes.grid(color="0.9")
     first: Any = figure.axes[0]
-    first.set_ylabel("test accuracy")
-    first.set_ylim(0.75, max(r["accuracy"] for r in stored["runs"]) + 0.02)  # what is less is no model any more
+    for axes in figure.axes[::2]:
+        axes.set_ylabel("test accuracy")
+    first.set_ylim(0.75, max(r["accuracy"] for r in stored["runs"]) + 0.02)
     first.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     print(f"plot  {path}")
 
 
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], object] = print) -> None:
-    """Trains and stores, or draws, as the command line says."""
+    """Train and store, or only draw, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--name", default="digits", help="of the stored files (default: %(default)s)")
+    parser.add_argument("--name", default="digits", help="in the names of the files (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, help="of l1 (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "training")
     parser.add_argument("--img", type=Path, default=ROOT / "docs" / "img")
-    parser.add_argument("--plot", action="store_true", help="draw what is stored, train nothing")
+    parser.add_argument("--plot", action="store_true", help="draw the stored results, train nothing")
     args = parser.parse_args(arguments)
     file = args.results / f"exact-zeros-{args.name}.json"
     if not args.plot:
@@ -140,5 +141,5 @@ def main(arguments: Sequence[str] | None = None, show: Callable[[str], object] =
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # layers this small only lose time to threads
+    torch.set_num_threads(1)  # more threads are slower for layers this small
     main()

@@ -1,15 +1,15 @@
-"""Trains a small transformer on text, sharded over processes by FSDP2, with an elastic net attached to the optimizer.
+"""Train a small transformer, sharded over processes by FSDP2, with an elastic net attached to the optimizer.
 
     torchrun --standalone --nproc-per-node 2 examples/language_model.py --steps 60
     torchrun --standalone --nproc-per-node 2 examples/language_model.py --steps 120 --resume
 
-The text is Python's own help, `pydoc_data.topics`, byte by byte. Each logged step prints the loss with its parts, over
-all processes, and the share of weights that are exactly zero. At the end weights and optimizer state go to a folder in
-`--checkpoint`, by way of torch.distributed.checkpoint; `--resume` goes on from the last of them, to the same numbers as
-a run that never stopped. The number of processes may change in between, if it divides the batch.
+The text is Python's own help, `pydoc_data.topics`, byte by byte. Each logged step prints the loss of all processes, its
+parts, and the share of weights that are exactly zero. At the end, torch.distributed.checkpoint saves weights and
+optimizer state to a folder in `--checkpoint`. `--resume` continues from the last checkpoint, with the same numbers as a
+run that never stopped. The number of processes may change in between if it divides the batch size.
 
-`--mode prox` shrinks the weights after each step, to exact zeros; `--mode grad` adds the penalty's gradient before it.
-Uses NCCL where there are GPUs, else gloo.
+`--mode prox` shrinks the weights after each step and leaves exact zeros. `--mode grad` adds the penalty's gradient
+before each step. The backend is NCCL with GPUs, else gloo.
 """
 
 import argparse
@@ -36,7 +36,7 @@ LEARNING_RATE = 0.2
 
 
 class LanguageModel(nn.Module):
-    """The cross-entropy of each next byte, given those before it."""
+    """A model whose output is the mean cross-entropy of each next byte."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
 
 
 def batch(text: Tensor, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """This process's share of the batch of a step: the same windows however many processes share them."""
+    """Return this process's part of a batch. The whole batch is the same for any number of processes."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(text) - CONTEXT - 1, (BATCH_SIZE,), generator=generator)
     own = starts.chunk(dist.get_world_size())[dist.get_rank()]
@@ -68,27 +68,27 @@ def batch(text: Tensor, step: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; an error for the others."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=60, help="the last step (default: %(default)s)")
     parser.add_argument("--l1", type=float, default=5e-4)
     parser.add_argument("--l2", type=float, default=5e-4)
-    parser.add_argument("--mode", choices=("prox", "grad"), default="prox", help="how to attach (default: %(default)s)")
+    parser.add_argument("--mode", choices=("prox", "grad"), default="prox", help="of attach (default: %(default)s)")
     parser.add_argument("--log-every", type=int, default=10, help="steps (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, default=Path("outputs/language_model"), help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     return parser.parse_args(arguments)
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
-    """Trains to `options.steps`, and saves."""
+    """Train to `options.steps` and save a checkpoint."""
     torch.manual_seed(0)
     model = LanguageModel().to(device)
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-    # Made of the sharded model and attached to the optimizer that steps the shards.
+    # Create it after sharding: it must hold the same parameters as the optimizer.
     reg = fastreg.ElasticNet(model, options.l1, options.l2, exclude=fastreg.bias_and_norm)
     reg.attach(optimizer, mode=options.mode)
     first = 0
@@ -113,14 +113,14 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def log(step: int, cross_entropy: Tensor, penalty: fastreg.Penalty, zeros: Tensor) -> None:
-    """One line, from the first process: they all have the same numbers."""
+    """Print one line from the first process; the numbers are the same on all."""
     if dist.get_rank() == 0:
         parts = f"cross-entropy {cross_entropy:.6f} + l1 {penalty.l1:.6f} + l2 {penalty.l2:.6f}"
         print(f"step {step:4d}: loss {cross_entropy + penalty.total:.6f} = {parts}, {zeros:.2%} zeros", flush=True)
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Every process writes its shards, to a folder named for the step."""
+    """Write this process's shards to a folder named after the step."""
     target = folder / f"step-{step:06d}"
     dcp.save(_state(model, optimizer, step), checkpoint_id=target)
     if dist.get_rank() == 0:
@@ -128,7 +128,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Reads this process's shards of the last checkpoint, whoever wrote them; returns its step."""
+    """Load this process's shards of the last checkpoint; return its step."""
     saved = sorted(folder.glob("step-*"))
     if not saved:
         raise SystemExit(f"--resume finds no checkpoint in {folder}")
@@ -144,7 +144,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dic
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """One of the processes."""
+    """Run one of the processes."""
     options = parse(arguments)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")

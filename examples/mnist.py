@@ -1,20 +1,20 @@
-"""Trains the MLP 784-64-32-10 with an L1, an L2 or an elastic-net penalty, as many articles do, and faster.
+"""Train the MLP 784-64-32-10 with an L1, L2 or elastic-net penalty, as articles that explain these penalties do.
 
     python examples/mnist.py --penalty elastic                    # MNIST, through torchvision
     python examples/mnist.py --data FOLDER --penalty l1           # a folder with the four IDX files
     python examples/mnist.py --data FOLDER --compare              # four ways to write the same training
     python examples/mnist.py --plot                               # draws what --compare stored
 
-Batches of 10, Adam, and weights of 1 for L1 and for L2, or 0.3 and 0.7 for the elastic net; `--weight` scales them.
-Prints every 500 batches the loss of the batch, and the L1 and L2 part in it.
+The batch size is 10 and the optimizer is Adam. The strengths are 1 for L1 and for L2, and 0.3 and 0.7 for the elastic
+net; `--weight` scales them. Every 500 batches the script prints the loss of the batch and the L1 and L2 parts of it.
 
-The four methods: `cat` is the form that is usually shown, with torch.cat; `penalty` is fastreg.ElasticNet in the loss;
-`attach` has it added to the gradient at the optimizer's step; `optimizer` is fastreg.optim.Adam. Needs: pip install
-".[examples]"
+There are four methods. `cat` is the usual form with torch.cat. `penalty` adds fastreg.ElasticNet to the loss. `attach`
+adds its gradient at the optimizer's step. `optimizer` is fastreg.optim.Adam. Needs: pip install ".[examples]"
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -39,13 +39,13 @@ EVERY = 500
 
 
 class Training:
-    """One model that is trained by one method, batch by batch."""
+    """One model and its optimizer, trained by one method."""
 
     def __init__(self, method: str, l1: float, l2: float) -> None:
         torch.manual_seed(42)
         self.model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
         self.method, self.l1, self.l2 = method, l1, l2
-        # Fused, which is PyTorch's fastest: what is compared is the penalty, not its optimizers.
+        # PyTorch's fastest form, so that the comparison is about the penalty and not about the optimizer.
         adam = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         self.optimizer: torch.optim.Optimizer = adam
         self.reg = fastreg.ElasticNet(self.model, l1=l1, l2=l2)
@@ -56,7 +56,7 @@ class Training:
             self.optimizer = fastreg.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, **options)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Trains on a batch; the loss, and the L1 and L2 part in it."""
+        """Train on a batch; return its loss and the L1 and L2 parts of it."""
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(x), y)
         if self.method == "cat":
@@ -75,36 +75,42 @@ class Training:
 
 
 def batches(x: Tensor, y: Tensor, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The examples in batches, shuffled in the same way at every call."""
+    """Yield the examples in batches, in the same shuffled order at every call."""
     order = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for batch in torch.randperm(len(x), generator=order).split(BATCH_SIZE):
             yield x[batch], y[batch]
 
 
+def interval(n_images: int, epochs: int) -> int:
+    """Return how many batches lie between two log entries: EVERY, or all batches if there are fewer."""
+    return min(EVERY, epochs * math.ceil(n_images / BATCH_SIZE))
+
+
 def train(data: mnist_data.Data, method: str, l1: float, l2: float, epochs: int) -> nn.Module:
-    """Trains, prints as it goes, and returns the model."""
-    training = Training(method, l1, l2)
+    """Train, print the losses, and return the model."""
+    training, every = Training(method, l1, l2), interval(len(data[0]), epochs)
     for i, (x, y) in enumerate(batches(*data[:2], epochs), 1):
         loss, l1_part, l2_part = training.step(x, y)
-        if i % EVERY == 0:
+        if i % every == 0:
             parts = f"of which {l1_part:.5f} L1 loss; {l2_part:.5f} L2 loss"
             print(f"Loss after mini-batch {i:5d}: {loss:.5f} ({parts})", flush=True)
     return training.model
 
 
 def compare(data: mnist_data.Data, l1: float, l2: float, epochs: int) -> dict[str, Any]:
-    """All methods on the same batches, taking turns; losses every `EVERY` batches, and the median time of a step."""
+    """Train with all methods on the same batches, in turn; return losses, accuracy and the median time of a step."""
+    every = interval(len(data[0]), epochs)
     trainings = {method: Training(method, l1, l2) for method in METHODS}
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     logged: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for i, (x, y) in enumerate(batches(*data[:2], epochs), 1):
-        turn = i % len(METHODS)  # nobody is always first
+        turn = i % len(METHODS)  # no method is always first
         for method in METHODS[turn:] + METHODS[:turn]:
             start = time.perf_counter()
             found = trainings[method].step(x, y)
             times[method].append(time.perf_counter() - start)
-            if i % EVERY == 0:
+            if i % every == 0:
                 logged[method].append([each.item() for each in found])
     test = {method: accuracy(training.model, *data[2:]) for method, training in trainings.items()}
     return {
@@ -118,21 +124,21 @@ def compare(data: mnist_data.Data, l1: float, l2: float, epochs: int) -> dict[st
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The fraction of images that are recognised."""
+    """Return the fraction of images that are classified correctly."""
     with torch.no_grad():
         return (model(x).argmax(dim=1) == y).double().mean().item()
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
+    """Return device, versions and commit."""
     sys.path.append(str(ROOT))
-    from bench import results
+    from bench.report import results
 
     return results.environment(torch.device("cpu"))
 
 
 def table(runs: dict[str, Any]) -> str:
-    """The comparison as text."""
+    """Return the comparison as text."""
     lines = ["method      us per step  of cat     loss  L1 part  L2 part  farthest  accuracy"]
     for method, run in runs.items():
         ratio = run["microseconds"] / runs["cat"]["microseconds"]
@@ -147,12 +153,13 @@ def table(runs: dict[str, Any]) -> str:
 
 
 def draw(stored: dict[str, Any], path: Path) -> None:
-    """The losses by batch, which coincide, and the time of a step."""
+    """Draw the losses, which coincide, and the time of a step."""
+    every = interval(stored["images"], stored["epochs"])
     figure = Figure(figsize=(11, 4), layout="constrained")
     figure.suptitle(f"{stored['data']}, penalty {stored['penalty']}: the same training, written in four ways")
     left, right = figure.subplots(1, 2)
     for width, (method, run) in zip((7, 5, 3, 1), stored["runs"].items(), strict=True):
-        positions = [EVERY * (i + 1) for i in range(len(run["logged"]))]
+        positions = [every * (i + 1) for i in range(len(run["logged"]))]
         left.plot(positions, [losses[0] for losses in run["logged"]], linewidth=width, label=method)
     left.set(xlabel="batch", ylabel="loss of the batch, with its penalty", yscale="log")
     left.legend()
@@ -166,18 +173,18 @@ def draw(stored: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, compares or draws, as the command line says."""
+    """Train, compare or draw, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--penalty", choices=WEIGHTS, default="elastic", help="default: %(default)s")
     parser.add_argument("--data", default="mnist", help="mnist, fashion, or a folder of IDX files (%(default)s)")
     parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision downloads to (%(default)s)")
     parser.add_argument("--method", choices=METHODS, default="penalty", help="default: %(default)s")
-    parser.add_argument("--weight", type=float, default=1.0, help="of the penalty (%(default)s)")
+    parser.add_argument("--weight", type=float, default=1.0, help="factor of the strengths (%(default)s)")
     parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--limit", type=int, help="train on so many images only")
-    parser.add_argument("--compare", action="store_true", help="all methods, one table, one plot")
-    parser.add_argument("--plot", action="store_true", help="draw what is stored, train nothing")
-    parser.add_argument("--results", type=Path, default=STORED, help="of --compare")
+    parser.add_argument("--limit", type=int, help="number of training images to use")
+    parser.add_argument("--compare", action="store_true", help="train with all methods; print a table and draw a plot")
+    parser.add_argument("--plot", action="store_true", help="draw the stored results, train nothing")
+    parser.add_argument("--results", type=Path, default=STORED, help="the file that --compare writes")
     parser.add_argument("--image", type=Path, default=ROOT / "docs" / "img" / "mnist_compare.png")
     args = parser.parse_args(arguments)
     l1, l2 = (args.weight * share for share in WEIGHTS[args.penalty])

@@ -1,4 +1,4 @@
-"""MNIST and data sets in its format: from a folder with its four IDX files, or through torchvision."""
+"""Read MNIST, or data in its format, from a folder with the four IDX files or through torchvision."""
 
 import gzip
 from pathlib import Path
@@ -13,9 +13,9 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def load(name: str, root: Path) -> Data:
-    """The images (n, 784) in [0, 1] and labels (n,) for training, then those for testing.
+    """Return images (n, 784) in [0, 1] and labels (n,) for training, then for testing.
 
-    `name` is "mnist", "fashion", which torchvision downloads to `root`, or a folder with the four files.
+    `name` is "mnist" or "fashion", which torchvision downloads to `root`, or a folder with the four files.
     """
     if name not in IN_TORCHVISION:
         return load_idx(Path(name))
@@ -33,7 +33,7 @@ def load(name: str, root: Path) -> Data:
 
 
 def load_idx(folder: Path) -> Data:
-    """The same from a folder with the four files, each as it is or as .gz."""
+    """Return the same from a folder with the four files, zipped or not."""
     images, labels, test_images, test_labels = (torch.from_numpy(read_idx(folder / name).copy()) for name in FILES)
     if len(images) != len(labels) or len(test_images) != len(test_labels):
         raise ValueError(f"{folder} has another number of images than of labels")
@@ -41,7 +41,7 @@ def load_idx(folder: Path) -> Data:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array of bytes in one file. Format: Yann LeCun's page on MNIST."""
+    """Return the array in one file of bytes. The format is that of Yann LeCun's page on MNIST."""
     zipped = path.with_name(path.name + ".gz")
     if not path.exists() and not zipped.exists():
         raise FileNotFoundError(f"there is no {path.name} and no {zipped.name} in {path.parent}")

@@ -1,7 +1,7 @@
-"""Finding a strength: a regularisation path with warm starts, and a target share of zeros held by a few lines.
+"""Find a strength: by a regularization path with warm starts, or for a target share of zeros.
 
     python examples/strength.py path                 # a linear model on scikit-learn's diabetes data, beside lasso_path
-    python examples/strength.py target --zeros 0.8   # the MLP of digits.py, whose l1 is found while it trains
+    python examples/strength.py target --zeros 0.8   # the MLP of digits.py; adjusts l1 during training
 
 Needs: pip install ".[examples]"
 """
@@ -24,20 +24,20 @@ IMG = Path(__file__).parents[1] / "docs" / "img"
 
 
 def load_problem() -> tuple[Tensor, Tensor]:
-    """Standardised features (442, 10) and the centred target (442,), in float64."""
+    """Return standardized features (442, 10) and the centered target (442,), in float64."""
     x, y = load_diabetes(return_X_y=True, scaled=False)
     return torch.tensor((x - x.mean(0)) / x.std(0)), torch.tensor(y - y.mean())
 
 
 def largest_strength(x: Tensor, y: Tensor) -> float:
-    """The smallest l1 at which all coefficients are zero: the largest gradient of the loss there."""
+    """Return the smallest l1 at which all coefficients are zero: the largest gradient of the loss at zero."""
     return (x.T @ y / len(x)).abs().max().item()
 
 
 def path(x: Tensor, y: Tensor, n: int = 30, steps: int = 600) -> tuple[np.ndarray, np.ndarray]:
-    """Strengths (n,), from the largest one down to a thousandth of it, and the coefficients (n, 10) at each.
+    """Return strengths (n,), from the largest down to a thousandth of it, and the coefficients (n, 10) at each.
 
-    Every fit starts where the last one ended.
+    Every fit starts from the coefficients of the last one.
     """
     model = nn.Linear(x.shape[1], 1, bias=False, dtype=x.dtype)
     nn.init.zeros_(model.weight)
@@ -57,7 +57,7 @@ def path(x: Tensor, y: Tensor, n: int = 30, steps: int = 600) -> tuple[np.ndarra
 
 
 def train_to(zeros: float, epochs: int = 60) -> tuple[nn.Module, list[tuple[float, float]]]:
-    """Trains the digits MLP to a share of exact zeros; returns it, and l1 and the share after each epoch."""
+    """Train the digits MLP to a share of exact zeros; return it, with l1 and the share after each epoch."""
     data, model = digits.load_data(), digits.build_model()
     optimizer = fastreg.optim.SGD(model.parameters(), lr=digits.LEARNING_RATE, l1=1e-3, prox=True)
     group, log = optimizer.param_groups[0], []
@@ -67,14 +67,14 @@ def train_to(zeros: float, epochs: int = 60) -> tuple[nn.Module, list[tuple[floa
             nn.functional.cross_entropy(model(data[0][batch]), data[1][batch]).backward()
             optimizer.step()
         share = fastreg.sparsity(model).item()
-        # Slowly up and quickly down: a weight at zero comes back only where the data pulls harder than l1.
+        # Slowly up and quickly down: a zero returns only where the gradient of the data exceeds l1.
         group["l1"] *= 1.05 if share < zeros else 0.8
         log.append((group["l1"], share))
     return model, log
 
 
 def draw(x: Tensor, y: Tensor, file: Path) -> None:
-    """The coefficients over l1, beside scikit-learn's."""
+    """Draw the coefficients over l1, with scikit-learn's."""
     strengths, found = path(x, y)
     _, expected, _ = lasso_path(x.numpy(), y.numpy(), alphas=strengths, tol=1e-10, max_iter=100_000)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -90,7 +90,7 @@ def draw(x: Tensor, y: Tensor, file: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Does what the command line says."""
+    """Run the path or the training that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("path", "target"))
     parser.add_argument("--zeros", type=float, default=0.8, help="the share to reach (default: %(default)s)")
@@ -108,5 +108,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # problems this small only lose time to threads
+    torch.set_num_threads(1)  # more threads are slower for problems this small
     main()

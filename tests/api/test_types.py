@@ -1,11 +1,10 @@
 """What a user's own file may say: `make types` checks this one with mypy --strict, and pytest runs it."""
 
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 import torch
 from torch import Tensor, nn
-from typing_extensions import assert_type
 
 import fastreg
 

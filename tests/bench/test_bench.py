@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 import fastreg
-from bench import host, internals, ledger, report, results, tune
 from bench.conftest import Session
-from bench.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles
-from bench.ledger import count, multi_tensor_launches
-from bench.models import MODELS, SHAPES, from_shapes, n_weights
-from bench.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
+from bench.measure import host, internals, tune
+from bench.measure.harness import LEAST_ROUNDS, Harness, launches, peak_extra_bytes, quantiles
+from bench.measure.models import MODELS, SHAPES, from_shapes, n_weights
+from bench.measure.peers import L1, L2, PEERS, Found, check, methods, prepare, zero_grads
+from bench.report import pages as report
+from bench.report import results
+from bench.static import ledger
+from bench.static.ledger import count, multi_tensor_launches
 from fastreg.blocks import plan
 from fastreg.core import layout
 
@@ -97,7 +100,7 @@ def test_pieces_of_a_tensor_are_checked_like_the_whole(monkeypatch: pytest.Monke
     for task in FASTREG:
         call = prepare("fastreg", weights, L1, 1.01 * L2)[task]
         whole = check(task, call, weights).errors
-        monkeypatch.setattr("bench.peers.PIECE", 1000)
+        monkeypatch.setattr("bench.measure.peers.PIECE", 1000)
         assert check(task, call, weights).errors == pytest.approx(whole, rel=1e-6)
         monkeypatch.undo()
 
@@ -205,7 +208,7 @@ def test_every_round_follows_a_round_of_the_reference(monkeypatch: pytest.Monkey
     assert calls == ["call", *["before", "reference", "call"] * 4]
     assert found["rounds"] == 4
     assert found["seconds"]["p50"] == 2.5
-    monkeypatch.setattr("bench.harness.SECONDS_PER_CASE", {"cpu": 1e9})
+    monkeypatch.setattr("bench.measure.harness.SECONDS_PER_CASE", {"cpu": 1e9})
     harness.rounds = None
     assert LEAST_ROUNDS <= harness.measure(FakeBenchmark(), call, reference)["rounds"] <= 200
 
@@ -236,7 +239,7 @@ def test_a_wrong_peer_is_recorded_but_not_timed(tmp_path: Path) -> None:
 
 
 def test_floor_adds_in_place_and_copy_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.harness.COPY_ELEMENTS", {"cpu": 1000})
+    monkeypatch.setattr("bench.measure.harness.COPY_ELEMENTS", {"cpu": 1000})
     harness = Harness(CPU, torch.float32)
     assert count(harness.floor(10)) == [("add_", 1, 80, 40)]
     assert harness.copy_bandwidth() > 0

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: steps that fail, hang or come too late do not stop the rest; what it sums up in the end."""
+"""`bench.run_on_gpu`: steps that fail, hang or come too late do not stop the rest; what it sums up in the end."""
 
 import json
 import time
@@ -10,9 +10,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import codegen, gpu, models, replay, results, small_sweep, verdict
-from bench.gpu import Step
-from bench.harness import Harness
+from bench import run_on_gpu
+from bench.measure import models, replay, small_sweep
+from bench.measure.harness import Harness
+from bench.report import results, verdict
+from bench.run_on_gpu import Step
+from bench.static import codegen
 
 FACTS = {"device": "Imaginary", "device_type": "cpu"}
 # Starts a child that would outlive it and does not heed an interrupt, says which, and waits.
@@ -25,9 +28,9 @@ def test_a_failing_or_hanging_step_does_not_stop_the_rest(tmp_path: Path, capsys
         Step("fails", 10, ["-c", "print('first'); raise SystemExit(3)"]),
         Step("hangs", 0.2, ["-c", HANGS]),
         Step("needs", 1, ["no-such-program"], program="no-such-program"),
-        Step("passes", 3, ["-c", "import bench.ledger, os; print('done', os.environ['LEVEL'])"], {"LEVEL": "2"}),
+        Step("passes", 3, ["-c", "import bench.static.ledger, os; print('done', os.environ['LEVEL'])"], {"LEVEL": "2"}),
     ]
-    found = gpu.run_all(todo, 1, tmp_path, FACTS)
+    found = run_on_gpu.run_all(todo, 1, tmp_path, FACTS)
     assert [each["outcome"] for each in found] == [
         *("failed: exit status 3", found[1]["outcome"], "skipped: no-such-program is not installed", "passed")
     ]
@@ -47,7 +50,7 @@ def test_a_failing_or_hanging_step_does_not_stop_the_rest(tmp_path: Path, capsys
 
 def test_steps_after_the_deadline_are_left_out(tmp_path: Path) -> None:
     sleeps = ["-c", "import time; time.sleep(30)"]
-    first, second = gpu.run_all([Step("long", 1e9, sleeps), Step("late", 1e-9, sleeps)], 1 / 60, tmp_path, FACTS)
+    first, second = run_on_gpu.run_all([Step("long", 1e9, sleeps), Step("late", 1e-9, sleeps)], 1 / 60, tmp_path, FACTS)
     assert first["outcome"] == "failed: stopped after 1 s"
     assert second["outcome"] == "skipped: out of time"
 
@@ -60,14 +63,14 @@ def test_a_step_gets_its_share_of_the_time_that_is_left(tmp_path: Path, monkeypa
         now[0] += limit / 2
         return {"step": step.name, "outcome": "passed", "seconds": 0.0, "tail": []}
 
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(gpu, "run_step", run_step)
-    gpu.run_all([Step("a", 2, []), Step("b", 1, []), Step("c", 1, [])], 1, tmp_path, FACTS)
+    monkeypatch.setattr(run_on_gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_on_gpu, "run_step", run_step)
+    run_on_gpu.run_all([Step("a", 2, []), Step("b", 1, []), Step("c", 1, [])], 1, tmp_path, FACTS)
     assert limits == [30.0, 22.5, 33.75]
 
 
 def test_a_step_is_told_of_its_time(tmp_path: Path) -> None:
-    found = gpu.run_step(Step("told", 1, ["-c", "import sys; print(sys.argv[1:])"], told=0.5), 60, tmp_path)
+    found = run_on_gpu.run_step(Step("told", 1, ["-c", "import sys; print(sys.argv[1:])"], told=0.5), 60, tmp_path)
     assert found["tail"] == ["['--seconds', '30']"]
 
 
@@ -75,25 +78,25 @@ def test_failures_are_reported_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     todo = [Step("bad", 60, ["-c", "print('why'); raise SystemExit(1)"]), Step("good", 60, ["-c", ""])]
-    monkeypatch.setattr(gpu, "steps", lambda *arguments: todo)
-    assert gpu.main(["--device", "cpu", "--results", str(tmp_path)]) == 1
+    monkeypatch.setattr(run_on_gpu, "steps", lambda *arguments: todo)
+    assert run_on_gpu.main(["--device", "cpu", "--results", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert text.endswith("=== bad: failed: exit status 1\nwhy\n\nbad: failed: exit status 1\ngood: passed\n")
-    monkeypatch.setattr(gpu, "steps", lambda *arguments: todo[1:])
-    assert gpu.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
-    assert gpu.main(["--device", "cpu", "--minutes", "0", "--results", str(tmp_path)]) == 1  # nothing ran
+    monkeypatch.setattr(run_on_gpu, "steps", lambda *arguments: todo[1:])
+    assert run_on_gpu.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
+    assert run_on_gpu.main(["--device", "cpu", "--minutes", "0", "--results", str(tmp_path)]) == 1  # nothing ran
 
 
 def test_steps_name_what_exists() -> None:
     for device, small in (("cuda", False), ("cpu", True)):
-        todo = gpu.steps(device, small, Path("results"))
+        todo = run_on_gpu.steps(device, small, Path("results"))
         assert len({step.name for step in todo}) == len(todo)
         for step in todo:
             module = step.command[step.command.index("-m") + 1]
-            name = module.split(".")[-1]
-            assert module == "pytest" or (results.ROOT / "bench" / f"{name}.py").exists()
+            assert module == "pytest" or (results.ROOT / f"{module.replace('.', '/')}.py").exists()
     assert all(
-        (step.program == "compute-sanitizer") == ("check" in step.name) for step in gpu.steps("cuda", False, Path())
+        (step.program == "compute-sanitizer") == ("check" in step.name)
+        for step in run_on_gpu.steps("cuda", False, Path())
     )
 
 
@@ -186,5 +189,5 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="2"):
-        gpu.main([])
+        run_on_gpu.main([])
     assert "there is no CUDA device here" in capsys.readouterr().err

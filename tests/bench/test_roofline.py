@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import codegen, gpus, roofline
-from bench.codegen import Instruction
-from bench.gpus import ARCHITECTURES, GPU, GPUS, LATENCY
-from bench.roofline import NARROW, STEPS, Sweep
+from bench.static import codegen, gpu_specs, roofline
+from bench.static.codegen import Instruction
+from bench.static.gpu_specs import ARCHITECTURES, GPU, GPUS, LATENCY
+from bench.static.roofline import NARROW, STEPS, Sweep
 
 pytestmark = [
     pytest.mark.codegen,
@@ -55,7 +55,7 @@ def test_every_instruction_has_a_unit(mode: str, target: str) -> None:
         instructions, _ = codegen.parse(codegen.machine_code(kernel))
         assert instructions
         for instruction in instructions:
-            gpus.unit(instruction.opcode)
+            gpu_specs.unit(instruction.opcode)
 
 
 @pytest.mark.parametrize("opcode", ["FADDX", "DADDX.F64", "IMADE", "UNHEARD.OF", "HADD3", "Q"])

@@ -1,4 +1,4 @@
-"""The formulas behind docs/scaling.md against what 1, 2 and 4 processes move and send."""
+"""The formulas behind bench/results/scaling.md against what 1, 2 and 4 processes move and send."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.multiprocessing import spawn
 
 import fastreg
-from bench import ledger, scaling
-from bench.ledger import Count
+from bench.static import ledger, scaling
+from bench.static.ledger import Count
 from tests.support.ranks import AVAILABLE, Wire, start
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import report, update
+from bench.measure import update
+from bench.report import pages as report
 
 CPU = torch.device("cpu")
 SHAPES = [[40, 30], [7], [1000]]

@@ -1,6 +1,7 @@
-"""The digits example: it trains as the textbook formulations do, and prints and draws what is true."""
+"""The digits examples: they train as the textbook formulations do, and print and draw correct results."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 import fastreg
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+ROOT = Path(fastreg.__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
 digits: Any = importlib.import_module("digits")
 plots: Any = importlib.import_module("digits_plots")
+pruning: Any = importlib.import_module("pruning")
 sys.path.pop(0)
 
 STRENGTHS = {"none": (0.0, 0.0), "l1": (1e-3, 0.0), "l2": (0.0, 3e-3), "elastic": (0.3 * 1e-3, 0.7 * 3e-3)}
@@ -168,3 +171,69 @@ def test_a_single_run_is_drawn(penalty: str, tmp_path: Path) -> None:
     same = digits.main(["--penalty", penalty, "--epochs", "2"])
     assert flat(model).tobytes() == flat(same).tobytes()
     assert imread(tmp_path / f"digits_{penalty}_penalty.png").std() > 0.05
+
+
+def test_demo_shows_exact_zeros() -> None:
+    (recipe,) = re.findall(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    *_, last = re.findall(r"examples/digits\.py (.*)", recipe)
+    model = digits.main([*last.split(), "--epochs", "3"])
+    assert fastreg.sparsity(model) > 0.05
+
+
+def test_pruning_removes_the_smallest_weights() -> None:
+    model = pruning.new_model(0)
+    before = [w.detach().clone() for w in pruning.matrices(model)]
+    masks = pruning.prune(model, 0.7)
+    assert fastreg.sparsity(pruning.matrices(model)).item() == pytest.approx(0.7, abs=1e-4)
+    removed = torch.cat([w[~mask].abs() for w, mask in zip(before, masks, strict=True)])
+    kept = torch.cat([w[mask].abs() for w, mask in zip(before, masks, strict=True)])
+    assert removed.max() < kept.min()
+    optimizer = pruning.optimizer_for(model, "Adam", 0.0, prox=False)
+    pruning.train(model, digits.load_data(), optimizer, 1, masks)
+    for w, old, mask in zip(pruning.matrices(model), before, masks, strict=True):
+        assert not w[~mask].any()
+        assert (w != old)[mask].any()
+
+
+def test_pruning_stores_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "STRENGTHS", (2e-2,))
+    monkeypatch.setattr(pruning, "SHARES", (0.5,))
+    options = ["--epochs", "2", "--seeds", "2"]
+    options += ["--results", str(tmp_path / "r.json"), "--image", str(tmp_path / "i.png")]
+    pruning.main(options)
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert stored["environment"]["cpu"]
+    assert len(stored["runs"]) == 2 * 2 * 4
+    for name in pruning.OPTIMIZERS:
+        assert [zeros for zeros, _ in pruning.means(stored, name, pruning.PRUNED)] == [0.0, 0.5]
+        ((zeros, _),) = pruning.means(stored, name, pruning.TUNED)
+        assert zeros == 0.5
+        ((zeros, _),) = pruning.means(stored, name, pruning.PROX)
+        assert zeros > 0.05
+    counts = stored["histogram"]["counts"]
+    assert counts[pruning.GRADIENT]["exact zeros"] == 0
+    assert counts[pruning.PROX]["exact zeros"] > 0
+    assert max(counts[pruning.PROX]["bins"]) >= counts[pruning.PROX]["exact zeros"]
+    (tmp_path / "i.png").unlink()
+    pruning.main([*options, "--plot"])
+    assert imread(tmp_path / "i.png").std() > 0.05
+
+
+def test_readme_and_page_show_the_stored_pruning_results() -> None:
+    stored = json.loads(pruning.STORED.read_text())
+    assert all(stored["environment"][key] for key in ("cpu", "torch", "commit"))
+
+    def near_80_percent(way: str) -> tuple[str, str]:
+        zeros, accuracy = min(pruning.means(stored, "momentum 0.9", way), key=lambda point: abs(point[0] - 0.8))
+        return f"{zeros:.0%}", f"{accuracy:.1%}"
+
+    share, prox = near_80_percent(pruning.PROX)
+    pruned, tuned = (near_80_percent(way) for way in (pruning.PRUNED, pruning.TUNED))
+    assert pruned[0] == tuned[0]
+    counts = stored["histogram"]["counts"]
+    near = f"{counts[pruning.PROX]['exact zeros'] / stored['histogram']['weights']:.0%}"
+    for page in ("README.md", "docs/when-not.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        for figure in (f"{share} zeros", prox, f"{pruned[0]} zeros", pruned[1], tuned[1]):
+            assert figure in text, f"{page} lacks {figure}"
+    assert f"{near} of its weights are exactly zero" in " ".join((ROOT / "docs" / "l1-no-zeros.md").read_text().split())

@@ -157,6 +157,19 @@ def test_comparison(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert imread(tmp_path / "found.png").std() > 0.05
 
 
+def test_comparison_of_few_batches(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer than EVERY: the last batch is logged."""
+    options = ["--data", str(folder), "--epochs", "1", "--limit", "75", "--weight", "1e-3", "--compare"]
+    mnist.main([*options, "--results", str(tmp_path / "found.json"), "--image", str(tmp_path / "found.png")])
+    table = capsys.readouterr().out.splitlines()
+    stored = json.loads((tmp_path / "found.json").read_text())
+    assert len(table) == 1 + len(mnist.METHODS) + 1
+    for line, run in zip(table[1:], stored["runs"].values(), strict=False):
+        assert len(run["logged"]) == 1
+        assert f"{run['logged'][0][0]:.5f}" in line
+    assert imread(tmp_path / "found.png").std() > 0.05
+
+
 def test_the_page_shows_what_is_stored() -> None:
     page = (ROOT / "docs" / "mnist.md").read_text()
     for name in ("mnist-compare", "mnist-compare-small"):

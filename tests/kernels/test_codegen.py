@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import codegen
-from bench.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
+from bench.static import codegen
+from bench.static.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
 from fastreg.core.types import UNSCALED, Mode, Scale
 from fastreg.kernels import launch, sweep
 from fastreg.kernels.tables import BLOCK, MOST_CHUNKS

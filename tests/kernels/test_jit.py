@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from bench import small_sweep
+from bench.measure import small_sweep
 from fastreg.core import layout
 from fastreg.core.types import Scale
 from fastreg.sweep.gradient import add_gradient

@@ -1,7 +1,7 @@
 """How much of a GPU's memory bandwidth the sweeps can reach, by the machine code of their loop over full blocks.
 
-`python -m bench.roofline` writes its part of docs/codegen.md, which says what is counted and what is not. Bounds from
-counted instructions and published rates, not measurements: nothing is run.
+`python -m bench.static.roofline` writes its part of bench/results/codegen.md, which says what is counted and what is
+not. Bounds from counted instructions and published rates, not measurements: nothing is run.
 """
 
 import functools
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import triton
 
-from bench import codegen, gpus
-from bench.codegen import DTYPES, VARIANTS, Instruction
-from bench.gpus import ARCHITECTURES, GPU, GPUS, LANES, LATENCY, Architecture
-from bench.internals import Mode
-from bench.results import table
+from bench.measure.internals import Mode
+from bench.report.results import table
+from bench.static import codegen, gpu_specs
+from bench.static.codegen import DTYPES, VARIANTS, Instruction
+from bench.static.gpu_specs import ARCHITECTURES, GPU, GPUS, LANES, LATENCY, Architecture
 
 STEPS = ("adam-prox", "sgd", "momentum", "adam", "amsgrad", "adam-value")
 MODES = ("value", "gradient", "accumulate", "accumulate-scaled", "prox", "prox-value", *STEPS)
@@ -46,18 +46,18 @@ def clocks(architecture: Architecture, opcodes: Mapping[str, int]) -> dict[str, 
     """SM clocks per thread that each resource needs for these instructions; what is largest is the limit."""
     n: Counter[str] = Counter()
     for opcode, count in opcodes.items():
-        name, results = gpus.unit(opcode)
+        name, results = gpu_specs.unit(opcode)
         n[name] += results * count
     own_packed = architecture.fp32 == 64  # 7.5 and 8.0; later ones have packed arithmetic in the float32 pipe
-    fp32 = n["fp32"] + n["multiply"] + (0 if own_packed else n["packed"] * architecture.fp32 / gpus.PACKED)
+    fp32 = n["fp32"] + n["multiply"] + (0 if own_packed else n["packed"] * architecture.fp32 / gpu_specs.PACKED)
     found = {
         "issue": sum(opcodes.values()) / LANES,
         "FP32": fp32 / architecture.fp32,
-        "multiply": n["multiply"] / gpus.MULTIPLY,
-        "compare": n["compare"] / gpus.COMPARE,
-        "16-bit": n["packed"] / gpus.PACKED,
-        "convert": n["convert"] / gpus.CONVERT,
-        "shuffle": n["shuffle"] / gpus.SHUFFLE,
+        "multiply": n["multiply"] / gpu_specs.MULTIPLY,
+        "compare": n["compare"] / gpu_specs.COMPARE,
+        "16-bit": n["packed"] / gpu_specs.PACKED,
+        "convert": n["convert"] / gpu_specs.CONVERT,
+        "shuffle": n["shuffle"] / gpu_specs.SHUFFLE,
         "float64": n["fp64"] / architecture.fp64,
     }
     if architecture.rations_fp64:  # taken to be one unit
@@ -69,8 +69,8 @@ def clocks(architecture: Architecture, opcodes: Mapping[str, int]) -> dict[str, 
 
 def resident(architecture: Architecture, registers: int, threads: int) -> int:
     """Programs that an SM holds at a time."""
-    per_warp = -(-registers * 32 // gpus.REGISTER_UNIT) * gpus.REGISTER_UNIT
-    by_registers = gpus.REGISTERS // per_warp // (threads // 32)
+    per_warp = -(-registers * 32 // gpu_specs.REGISTER_UNIT) * gpu_specs.REGISTER_UNIT
+    by_registers = gpu_specs.REGISTERS // per_warp // (threads // 32)
     return min(architecture.blocks, architecture.threads // threads, by_registers)
 
 
@@ -212,7 +212,7 @@ def finish_rows() -> Iterator[tuple[object, ...]]:
 
 ABOUT = f"""
 Bounds from the instructions of the loop over full blocks and from published rates, not measurements: nothing here was
-run, and a GPU can be slower for reasons that are not counted. Written by `python -m bench.roofline` with
+run, and a GPU can be slower for reasons that are not counted. Written by `python -m bench.static.roofline` with
 Triton {triton.__version__}; each GPU's code is compiled for its own architecture.
 
 - share of memory bandwidth: the time that the memory needs, over the longest of all times; then what takes that time
@@ -226,7 +226,7 @@ Triton {triton.__version__}; each GPU's code is compiled for its own architectur
 - clock: the one that the published float32 TFLOPS assume; at a lower one, all but the memory takes longer
 - not counted: caches and their bandwidth, units that share a port, register banks, and DRAM's own overhead (refresh,
   turning from reads to writes), which keeps measured bandwidth below the published one everywhere
-- rates, with the document of each: `bench/gpus.py`
+- rates, with the document of each: `bench/static/gpu_specs.py`
 """
 ABOUT_TIMES = """
 ## Times

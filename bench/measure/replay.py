@@ -1,6 +1,6 @@
 """Sweeps replayed in CUDA graphs, next to the calls themselves and to what the bytes they move would take.
 
-    python -m bench.replay [--models gpt2] [--dtype float32] [--results FOLDER] [--device cpu]
+    python -m bench.measure.replay [--models gpt2] [--dtype float32] [--results FOLDER] [--device cpu]
 
 On a CPU, where nothing can be captured, a replay is another call.
 """
@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from bench import codegen, models, results, roofline
-from bench.gpus import GPUS
-from bench.harness import Call, Harness, quantiles
-from bench.ledger import fastreg_operations
-from bench.models import DTYPES, SHAPES, from_shapes, n_weights
-from bench.peers import L1, L2, Weights, prepare, restore
-from bench.results import Case
+from bench.measure import models
+from bench.measure.harness import Call, Harness, quantiles
+from bench.measure.models import DTYPES, SHAPES, from_shapes, n_weights
+from bench.measure.peers import L1, L2, Weights, prepare, restore
+from bench.report import results
+from bench.report.results import Case
+from bench.static import codegen, roofline
+from bench.static.gpu_specs import GPUS
+from bench.static.ledger import fastreg_operations
 
 TASKS = ("value", "add_grad", "prox")
 # As the roofline calls them.

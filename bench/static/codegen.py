@@ -1,8 +1,8 @@
 """What the compiler makes of the kernels: registers, spills, width of memory accesses, length of the inner loop.
 
-`python -m bench.codegen` writes the table in docs/codegen.md. It needs no GPU: the library's own launcher runs on CPU
-tensors while a recorder stands in for Triton's driver and notes what the JIT is asked to compile, down to the alignment
-of pointers, and that is then compiled ahead of time for each target.
+`python -m bench.static.codegen` writes the table in bench/results/codegen.md. It needs no GPU: the library's own
+launcher runs on CPU tensors while a recorder stands in for Triton's driver and notes what the JIT is asked to compile,
+down to the alignment of pointers, and that is then compiled ahead of time for each target.
 """
 
 import functools
@@ -22,11 +22,11 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 from triton.runtime.errors import PTXASError
 
-from bench.internals import STEPS, UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
-from bench.results import ROOT
+from bench.measure.internals import STEPS, UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
+from bench.report.results import FOLDER
 
-TABLE = ROOT / "docs" / "codegen.md"
-ROOFLINE = "# How much of a GPU's memory bandwidth the sweeps can reach\n"  # where the part of bench/roofline.py begins
+TABLE = FOLDER / "codegen.md"
+ROOFLINE = "# How much of a GPU's memory bandwidth the sweeps can reach\n"  # where the part of roofline.py begins
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),  # sums in pairs of float32
@@ -34,7 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# And the other NVIDIA architectures, for what depends on the GPU more than on the kernel: bench/roofline.py.
+# And the other NVIDIA architectures, for what depends on the GPU more than on the kernel: bench/static/roofline.py.
 ALL_TARGETS = TARGETS | {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 89, 103, 120)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -269,7 +269,7 @@ def table(target: str) -> Iterator[str]:
 def document() -> str:
     lines = f"""# What the compiler makes of the kernels
 
-Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.codegen` with
+Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.static.codegen` with
 Triton {triton.__version__}, for the launches that fastreg makes: blocks of {kernel_settings()["BLOCK"]} elements, \
 {kernel_settings()["NUM_WARPS"]} warps.
 
@@ -284,7 +284,7 @@ Triton {triton.__version__}, for the launches that fastreg makes: blocks of {ker
 
 
 def write(facts: str | None = None, roofline: str | None = None) -> None:
-    """Writes one of the two parts of docs/codegen.md; the other, which bench/roofline.py writes, stays as it is."""
+    """Writes one of the two parts of bench/results/codegen.md; the other, which roofline.py writes, stays as it is."""
     old_facts, _, old_roofline = TABLE.read_text().partition(ROOFLINE)
     TABLE.write_text((facts or old_facts.rstrip() + "\n") + "\n" + ROOFLINE + (roofline or old_roofline))
     print(f"wrote {TABLE}")

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import replay, results
-from bench.peers import COMPILED
-from bench.results import Case
+from bench.measure import replay
+from bench.measure.peers import COMPILED
+from bench.report import results
+from bench.report.results import Case
 
 # The bars: share of the copy bandwidth from so many weights on, and value and gradient against the best eager peer.
 SHARE, FROM_WEIGHTS, TASKS_WITH_SHARE = 0.9, 25_000_000, ("value", "add_grad", "prox")

@@ -1,4 +1,6 @@
-"""What a sharded penalty costs on any number of devices, by formula: `python -m bench.scaling` writes docs/scaling.md.
+"""What a sharded penalty costs on any number of devices, by formula.
+
+`python -m bench.static.scaling` writes bench/results/scaling.md.
 
 The weights are sharded as FSDP2 does it, in rows, the first device holding the most. Bytes moved are reads and writes
 of that device's memory by operations on weights and gradients; tables, partial sums and scalars are left out. Bytes
@@ -13,17 +15,17 @@ from typing import NamedTuple
 
 import torch
 
-from bench.models import SHAPES, Shapes, n_weights
-from bench.results import ROOT
+from bench.measure.models import SHAPES, Shapes, n_weights
+from bench.report.results import FOLDER
 
-TARGET = ROOT / "docs" / "scaling.md"
+TARGET = FOLDER / "scaling.md"
 FLOAT32 = 4
 SUMS = 16  # bytes: of |w| and of w², float64
 
 HEAD = """# Many devices
 
-Written by `python -m bench.scaling`, from formulas that `tests/bench/test_scaling.py` holds against what 1, 2 and
-4 processes were seen to move and send. Nothing here is a measured time; no run had 64 or 4096 devices.
+Written by `python -m bench.static.scaling`, from formulas that `tests/bench/test_scaling.py` holds against what 1, 2
+and 4 processes were seen to move and send. Nothing here is a measured time; no run had 64 or 4096 devices.
 
 float32 weights, sharded in rows as FSDP2 does it, a `.grad` that exists; per call, on the device that holds
 the most. *Moved* are bytes read and written in the device's memory, *sent* bytes that leave the device in

@@ -1,6 +1,6 @@
 """What a call costs the host before any sweep: every eager method on 1 to 2000 tensors of 8 weights each.
 
-    python -m bench.host [--results bench/results] [--counts 1,6,148,600,2000] [--rounds N] [--device cpu]
+    python -m bench.measure.host [--results bench/results] [--counts 1,6,148,600,2000] [--rounds N] [--device cpu]
 
 All calls take turns in one run. On a CPU every method does its arithmetic, and fastreg takes part once more, on the
 Triton path with launches that do nothing. With a GPU the same is asked of CUDA tensors before: seconds until a call
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from bench import internals, results
-from bench.harness import Call, quantiles
-from bench.models import from_shapes
-from bench.peers import L1, L2, Weights, check, methods, ours, prepare, restore
-from bench.results import Case
+from bench.measure import internals
+from bench.measure.harness import Call, quantiles
+from bench.measure.models import from_shapes
+from bench.measure.peers import L1, L2, Weights, check, methods, ours, prepare, restore
+from bench.report import results
+from bench.report.results import Case
 
 Key = tuple[str, str]  # task and method
 Times = dict[Key, list[float]]

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, its figures and the README's table, from the results files alone: `python -m bench.report`."""
+"""docs/benchmarks.md, its figures and the README's table, from the results files: `python -m bench.report.pages`."""
 
 import math
 import re
@@ -14,9 +14,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from bench import host, ledger, update
-from bench.models import MODELS
-from bench.results import FOLDER, ROOT, Case, describe, file_name, read, table
+from bench.measure import host, update
+from bench.measure.models import MODELS
+from bench.report.results import FOLDER, ROOT, Case, describe, file_name, read, table
+from bench.static import ledger
 
 QUESTIONS = {
     "backward": "Value and gradient through autograd",
@@ -67,7 +68,7 @@ fastreg's scratch memory on a CPU, about 8 MB for each thread, is kept from the 
 """
 
 HOST_TIME = f"""
-By `python -m bench.host`: how long a call keeps the host before there is anything to compute, with {host.NUMEL}
+By `python -m bench.measure.host`: how long a call keeps the host before there is anything to compute, with {host.NUMEL}
 float32 weights a tensor. All calls take turns in one run, in random order. *adds*: the median time of a forward and
 backward pass with the penalty, less that of the same pass without it; the loss gives every weight a new gradient, and
 `.grad` is None before. *one-liner*: the same of `elastic_penalty(module)`; *x kept* divides it by that of an
@@ -77,9 +78,9 @@ nothing. On cuda a time ends when the call returns.
 """
 
 UPDATE = f"""
-By `python -m bench.update`: one step of AdamW with a penalty in it or beside it, in multiples of torch.optim's fused
-step without a penalty, which runs right before each. *prox* shrinks after the step, all others add a gradient before
-it; *gradient* is the least that foreach operators can do, without a value. The last column is how long a step of
+By `python -m bench.measure.update`: one step of AdamW with a penalty in it or beside it, in multiples of torch.optim's
+fused step without a penalty, which runs right before each. *prox* shrinks after the step, all others add a gradient
+before it; *gradient* is the least that foreach operators can do, without a value. The last column is how long a step of
 {update.HOST_TENSORS} tensors of {update.HOST_NUMEL} weights keeps the host: fastreg's on the Triton path, whose
 launches do nothing, and PyTorch's, whose fused operator reads its arguments and does nothing, and which counts no
 steps.
@@ -88,7 +89,8 @@ steps.
 
 def report(found: Sequence[dict[str, Any]], images: Path) -> str:
     """The document; its figures are written to `images`."""
-    lines = ["# Benchmarks", "", "Written by `python -m bench.report` from the files in `bench/results/`.", HOW_TO_READ]
+    written = "Written by `python -m bench.report.pages` from the files in `bench/results/`."
+    lines = ["# Benchmarks", "", written, HOW_TO_READ]
     if not _has_gpu(found):
         rows = [[model, *[NOT_MEASURED] * 4] for model in MODELS]
         lines += ["", "## GPU", "", *table(["model", "value", "backward", "add_grad", "prox"], rows)]
@@ -151,11 +153,12 @@ def _device(result: dict[str, Any], images: Path) -> Iterator[str]:
 
 
 def _counted(images: Path) -> Iterator[str]:
-    yield "Of the operators that PyTorch dispatches, and of fastreg's plan, by `python -m bench.ledger`; float32. The"
-    yield "floor is one pass for the value, three for a gradient, two for the proximal step. Nothing here was timed."
+    yield "Of the operators that PyTorch dispatches, and of fastreg's plan, by `python -m bench.static.ledger`;"
+    yield "float32. The floor is one pass for the value, three for a gradient, two for the proximal step. Nothing here"
+    yield "was timed."
     rows = ledger.rows(LEDGER_MODELS)
     yield from ("", *ledger.table(rows), "")
-    yield from ("A step of AdamW, which moves 28 bytes a weight without any penalty, by `bench.update`:", "")
+    yield from ("A step of AdamW, which moves 28 bytes a weight without any penalty, by `bench.measure.update`:", "")
     for model in LEDGER_MODELS:
         yield from (*update.counted_table(model), "")
     source = f"Counted without a device, float32; PyTorch {torch.__version__}"

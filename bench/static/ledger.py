@@ -1,4 +1,4 @@
-"""Launches and bytes of every method on every model, counted without a GPU: `python -m bench.ledger`.
+"""Launches and bytes of every method on every model, counted without a GPU: `python -m bench.static.ledger`.
 
 The rivals run on tensors without data, and every operator that PyTorch dispatches is noted, autograd's own included.
 fastreg's launches follow from its plan. Compiled peers are missing: what they launch is known only when they run.
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import results
-from bench.internals import Mode, launch_sizes
-from bench.models import MODELS, SHAPES, from_shapes
-from bench.peers import L1, L2, Weights, methods, prepare, zero_grads
+from bench.measure.internals import Mode, launch_sizes
+from bench.measure.models import MODELS, SHAPES, from_shapes
+from bench.measure.peers import L1, L2, Weights, methods, prepare, zero_grads
+from bench.report import results
 
 # Passes over the weights, reads and writes, that no method can do without.
 FLOOR_PASSES = {"value": 1, "backward": 3, "add_grad": 3, "prox": 2}

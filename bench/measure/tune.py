@@ -1,7 +1,7 @@
 """Block sizes and warps against each other: all take turns in one run, each right after the floor.
 
-    python -m bench.tune kernel [--model gpt2] [--dtype float32]    blocks, warps and chunks of the kernels, on a GPU
-    python -m bench.tune blocks [--model resnet50]                  blocks of the PyTorch path
+    python -m bench.measure.tune kernel [--model gpt2] [--dtype bfloat16]   blocks and warps of the kernels, on a GPU
+    python -m bench.measure.tune blocks [--model resnet50]                  blocks of the PyTorch path
 
 Figures are medians of the ratios to the floor, `g.add_(w, alpha=c)` over as many elements. Under TRITON_INTERPRET=1 the
 kernels run on the CPU, where the figures mean nothing.
@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from bench import internals, results
-from bench.harness import Call, Harness, quantiles
-from bench.internals import Mode, Scale
-from bench.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
+from bench.measure import internals
+from bench.measure.harness import Call, Harness, quantiles
+from bench.measure.internals import Mode, Scale
+from bench.measure.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
+from bench.report import results
 
 Settings = dict[str, int]
 Found = dict[str, dict[str, float]]  # quantiles by case

@@ -14,7 +14,7 @@ import torch
 
 import fastreg
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results"
 TOOLS = {"PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "ROCm": "hip", "Python": "python"}
 

@@ -1,4 +1,4 @@
-"""What NVIDIA publishes of its GPUs, with the document that each figure is from; bench/roofline.py computes with it.
+"""What NVIDIA publishes of its GPUs, with the document that each figure is from; roofline.py computes with it.
 
 Rates are results per clock and SM, from "Throughput of Native Arithmetic Instructions": Table 7 of the CUDA C++
 Programming Guide up to 12.9, section 12.1.1 of the CUDA C++ Best Practices Guide (BPG) since 13.0. Where two editions
@@ -120,4 +120,4 @@ def unit(opcode: str) -> tuple[str, int]:
     for pattern, name, results in UNITS:
         if re.match(pattern, opcode):
             return name, results
-    raise ValueError(f"no unit is known for the instruction {opcode}; add it to UNITS in bench/gpus.py")
+    raise ValueError(f"no unit is known for the instruction {opcode}; add it to UNITS in bench/static/gpu_specs.py")

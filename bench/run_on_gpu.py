@@ -1,7 +1,7 @@
-"""Everything that only a GPU can tell, in one command of at most twenty minutes: `python -m bench.gpu`.
+"""Everything that only a GPU can tell, in one command of at most twenty minutes: `python -m bench.run_on_gpu`.
 
-    python -m bench.gpu [--minutes 20] [--results bench/results]
-    python -m bench.gpu --device cpu --small        # every step on a CPU, with little in it, to see that it runs
+    python -m bench.run_on_gpu [--minutes 20] [--results bench/results]
+    python -m bench.run_on_gpu --device cpu --small        # every step on a CPU, with little in it, to see that it runs
 
 Each step is a process of its own, stopped with its children at its time limit: its share of the time that is left, so
 that what a step does not need goes to the later ones. What fails is reported last, and the rest goes on. Needs PyTorch,
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import results, verdict
+from bench.report import results, verdict
 
 TAIL = 40  # lines of a failed step's output
 # Those of the bar first: time may run out.
@@ -51,7 +51,7 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
     on, out = ["--device", device], ["--results", str(folder)]
     run = ["--results", str(folder / "run")]
     some = [*on, "--models", "mnist_mlp"] if small else on
-    sweep = ["-m", "bench.small_sweep", *on]
+    sweep = ["-m", "bench.measure.small_sweep", *on]
     sanitizer = "compute-sanitizer" if device == "cuda" else None
 
     def checked(tool: str) -> list[str]:
@@ -66,13 +66,13 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
         return ["-m", "pytest", "bench", "-p", "no:cacheprovider", *options, *few, *some, *out]
 
     def replays(dtype: str) -> list[str]:
-        return ["-m", "bench.replay", "--dtype", dtype, *some, *run, *(["--rounds", "2"] if small else [])]
+        return ["-m", "bench.measure.replay", "--dtype", dtype, *some, *run, *(["--rounds", "2"] if small else [])]
 
     def tune(model: str) -> list[str]:
         few = ["--rounds", "1", "--settings", "2"] if small else ["--rounds", "3"]
         return [
             "-m",
-            "bench.tune",
+            "bench.measure.tune",
             "kernel",
             "--model",
             model,
@@ -95,8 +95,8 @@ def steps(device: str, small: bool, folder: Path) -> list[Step]:
         Step("replays float32", 4, replays("float32")),
         Step("float32", 20, bench("float32", "none"), told=0.85),
         Step("bfloat16", 15, bench("bfloat16", "none"), told=0.85),
-        Step("optimizers", 4, ["-m", "bench.update", *steps, *on, *out]),
-        Step("host time", 4, ["-m", "bench.host", *host, *on, *out]),
+        Step("optimizers", 4, ["-m", "bench.measure.update", *steps, *on, *out]),
+        Step("host time", 4, ["-m", "bench.measure.host", *host, *on, *out]),
         Step("replays bfloat16", 3, replays("bfloat16")),
         *(Step(f"tune {m}", 4, tune(m), interpreted) for m in (["mnist_mlp"] if small else ["resnet50", "gpt2"])),
         *compiled,

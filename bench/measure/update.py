@@ -1,6 +1,6 @@
 """One step of AdamW with a penalty, inside the optimizer or beside it, next to torch.optim's fused step without any.
 
-    python -m bench.update [--results bench/results] [--models resnet50,gpt2] [--rounds N] [--device cpu]
+    python -m bench.measure.update [--results bench/results] [--models resnet50,gpt2] [--rounds N] [--device cpu]
 
 Gradients are there already. All methods take turns in one run, each checked before: what it does to the weights, or
 for a penalty whose gradient goes through the moments to the first of these, against float64. On a CPU the last rows are
@@ -20,11 +20,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreg
-from bench import internals, ledger, results
-from bench.harness import Call, Harness, quantiles
-from bench.models import DTYPES, SHAPES, from_shapes, n_weights
-from bench.peers import L1, L2, Weights, prepare, zero_grads
-from bench.results import Case, table
+from bench.measure import internals
+from bench.measure.harness import Call, Harness, quantiles
+from bench.measure.models import DTYPES, SHAPES, from_shapes, n_weights
+from bench.measure.peers import L1, L2, Weights, prepare, zero_grads
+from bench.report import results
+from bench.report.results import Case, table
+from bench.static import ledger
 
 LR, BETAS, EPS = 1e-5, (0.9, 0.999), 1e-8
 ALONE = "torch fused, no penalty"
@@ -127,7 +129,9 @@ def error(method: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype, devi
             denominator = grad.abs() + EPS
             moved = old - LR * grad / denominator
             t = LR / denominator
-            right = moved.sign() * (moved.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2)
+            shrunk = moved.sign() * (moved.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2)
+            reach = LR * max(2.0, (1 - BETAS[0]) / (1 - BETAS[1]) ** 0.5)  # as fastreg.optim documents it
+            right = torch.where(grad == 0, moved, shrunk.clamp(moved - reach, moved + reach))
             found, reference = w.double() - right, right - old
         else:
             full = grad + l1 * old.sign() + 2 * l2 * old

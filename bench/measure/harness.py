@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.ledger import count
+from bench.static.ledger import count
 
 SECONDS_PER_CASE = {"cpu": 1.5, "cuda": 0.5}  # of rounds, if their number is not given; a GPU repeats itself better
 MOST_ROUNDS, LEAST_ROUNDS = 200, 5
