@@ -35,11 +35,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 BUILT_IN, ATTACHED, BY_LR, GRADIENT = "built in", "attached", 'attached, metric="lr"', "gradient"
 WAYS = (BUILT_IN, ATTACHED, BY_LR, GRADIENT)
 STRENGTHS = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+# Color, marker and line of each, and what the legend calls it.
 LOOKS = {
-    BUILT_IN: ("C3", "o", "-"),
-    ATTACHED: ("black", "x", ":"),
-    BY_LR: ("C0", "s", "--"),
-    GRADIENT: ("C7", "^", "-."),
+    BUILT_IN: ("C3", "o", "-", "fastreg.optim, prox=True"),
+    ATTACHED: ("black", "x", ":", 'attach, mode="prox"'),
+    BY_LR: ("C0", "s", "--", 'attach, mode="prox", metric="lr"'),
+    GRADIENT: ("C7", "^", "-.", 'attach, mode="grad"'),
 }
 
 
@@ -84,23 +85,26 @@ def all_runs(data: digits.Data, args: argparse.Namespace) -> Iterator[dict[str, 
 
 def draw(stored: dict[str, Any], path: Path) -> None:
     """Test accuracy over exact zeros: a panel per optimizer, a curve per way through the means over the seeds."""
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
     figure.suptitle(f"{stored['data']}: {stored['epochs']} epochs, {stored['seeds']} seeds, l1 from {stored['l1']}")
-    for axes, name in zip(figure.subplots(1, len(OPTIMIZERS), sharey=True), OPTIMIZERS, strict=True):
+    for axes, name in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, OPTIMIZERS, strict=True):
         for way in WAYS:
             own = [r for r in stored["runs"] if r["optimizer"] == name and r["way"] == way]
             strengths = sorted({r["l1"] for r in own})
             means = [
                 [np.mean([r[key] for r in own if r["l1"] == l1]) for l1 in strengths] for key in ("zeros", "accuracy")
             ]
-            colour, marker, line = LOOKS[way]
-            axes.scatter([r["zeros"] for r in own], [r["accuracy"] for r in own], s=8, color=colour, alpha=0.3)
-            axes.plot(*means, color=colour, marker=marker, linestyle=line, label=way)
-        axes.set(title=name, xlabel="weights that are exactly zero")
+            color, marker, line, label = LOOKS[way]
+            axes.scatter([r["zeros"] for r in own], [r["accuracy"] for r in own], s=8, color=color, alpha=0.3)
+            axes.plot(*means, color=color, marker=marker, linestyle=line, label=label)
+        axes.set_title(name)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
         axes.grid(color="0.9")
     first: Any = figure.axes[0]
-    first.set_ylabel("test accuracy")
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("weights that are exactly zero")
+    for axes in figure.axes[::2]:
+        axes.set_ylabel("test accuracy")
     first.set_ylim(0.75, max(r["accuracy"] for r in stored["runs"]) + 0.02)  # what is less is no model any more
     first.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from bench.measure import small_sweep
 from fastreg import layout
 from fastreg.inplace import add_gradient
 from fastreg.strengths import Scale
+from tests import small_sweep
 from tests.stub_driver import Launch, StubDriver, stub_driver
 
 pytest.importorskip("triton.backends.nvidia")
