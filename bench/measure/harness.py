@@ -23,6 +23,7 @@ COPY_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
+Within = Callable[[Any], AbstractContextManager[object]]  # what a turn of the call with this key takes place in
 Pairs = Sequence[tuple[float, float]]  # seconds of a call, and of the reference right before it
 
 
@@ -88,12 +89,7 @@ class Harness:
         return 2 * source.numel() * source.element_size() / statistics.median(times)
 
     def take_turns(
-        self,
-        calls: Mapping[Key, Call],
-        reference: Call,
-        rounds: int,
-        within: Callable[[Key], AbstractContextManager[object]] = lambda key: nullcontext(),
-        warm_up: int = 0,
+        self, calls: Mapping[Key, Call], reference: Call, rounds: int, within: Within = nullcontext, warm_up: int = 0
     ) -> dict[Key, Pairs]:
         """The times of all calls, which take turns in each round, each with `reference` right before it."""
         times: dict[Key, list[tuple[float, float]]] = {key: [] for key in calls}

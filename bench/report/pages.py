@@ -69,9 +69,7 @@ def _device(result: dict[str, Any], images: Path) -> Iterator[str]:
     facts, dtype, source = result["environment"], result["cases"][0]["dtype"], describe(result["environment"])
 
     def figure(kind: str, text: str, title: str, draw: Callable[..., None], *data: Any) -> list[str]:
-        file = images / f"{kind}-{file_name(facts, dtype)}"
-        plots.save(file, title, source, draw, *data)
-        return _shown(file, text)
+        return _figure(images / f"{kind}-{file_name(facts, dtype)}", text, title, source, draw, *data)
 
     yield from ("", f"## {facts['device']}, {dtype}", "", f"{source}.")
     cases: dict[str, list[Case]] = {}
@@ -110,11 +108,13 @@ def _device(result: dict[str, Any], images: Path) -> Iterator[str]:
 def _ledger_figure(model: str, rows: Sequence[ledger.Row], images: Path) -> list[str]:
     file, source = images / f"ledger-{model}", f"Counted without a device, float32; PyTorch {torch.__version__}"
     chosen = [r for r in rows if r.model == model and (r.task == "backward" or r[1:3] == ("add_grad", "fastreg"))]
-    plots.save(file, f"Value and gradient of {model}, counted", source, plots.ledger, chosen, panels=2)
-    return _shown(file, f"Launches and passes of each method on {model}")
+    text, title = f"Launches and passes of each method on {model}", f"Value and gradient of {model}, counted"
+    return _figure(file, text, title, source, plots.ledger, chosen, panels=2)
 
 
-def _shown(file: Path, text: str) -> list[str]:
+def _figure(file: Path, text: str, *what: Any, panels: int = 1) -> list[str]:
+    """Writes a figure; returns the lines that show it."""
+    plots.save(file, *what, panels=panels)
     return [f"![{text}]({file.parent.name}/{file.name}.svg)", ""]
 
 

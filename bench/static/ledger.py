@@ -131,7 +131,7 @@ def rows(models: Sequence[str]) -> list[Row]:
     """Every method on every model, in float32."""
     asked = [(task, method) for task in FLOOR_PASSES for method in methods(task, compiled=False)]
     weights = {model: from_shapes(SHAPES[model], torch.float32, "meta") for model in models}
-    return [row(model, task, method, weights[model]) for model in models for task, method in asked]
+    return [row(model, *each, weights[model]) for model in models for each in asked]
 
 
 def row(model: str, task: str, method: str, weights: Weights) -> Row:

@@ -178,11 +178,8 @@ def finish(gpu: GPU, n_chunks: int) -> tuple[float, float]:
     block = found.constants[(found.function.arg_names.index("BLOCK"),)]
     kernel = codegen.compiled("value", "fp32", gpu.target)["_finish_kernel"]
     instructions, labels = codegen.parse(codegen.machine_code(kernel))
-    loop = next(
-        body
-        for body in (instructions[each] for each in codegen.loops(instructions, labels))
-        if any(codegen.access(i.opcode) for i in body)
-    )
+    bodies = (instructions[each] for each in codegen.loops(instructions, labels))
+    loop = next(body for body in bodies if any(codegen.access(i.opcode) for i in body))
     rounds, threads = -(-n_chunks // block), 32 * kernel.metadata.num_warps
     opcodes = Counter({opcode: n * rounds for opcode, n in Counter(i.opcode for i in loop).items()})
     opcodes += Counter(i.opcode for i in outside_loops(instructions, labels))
