@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote, split
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from bench.report import results, verdict
 TAIL = 40  # lines of a failed step's output
 # Those of the bar first: time may run out.
 COMPILED_MODELS = "gpt2,resnet50,llama3.2_1b,mnist_mlp,bert_base,vit_b16,convnext_tiny,mobilenet_v2"
+SANITIZER = "compute-sanitizer"
 UNSUPPORTED = "Device not supported"  # what the sanitizer says on some virtual machines
 # Where CUDA's tools are, if not on the path.
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
@@ -48,60 +50,48 @@ class Step(NamedTuple):
 
 def steps(device: str, small: bool, folder: Path) -> list[Step]:
     """In the order of what is needed most."""
-    on, out = ["--device", device], ["--results", str(folder)]
-    run = ["--results", str(folder / "run")]
-    some = [*on, "--models", "mnist_mlp"] if small else on
-    sweep = ["-m", "bench.measure.small_sweep", *on]
-    sanitizer = "compute-sanitizer" if device == "cuda" else None
-
-    def checked(tool: str) -> list[str]:
-        # PyTorch asks the driver for functions that it may not have, which is no error. Compilers are not watched.
-        options = ["--tool", tool, "--target-processes", "application-only", "--report-api-errors", "no"]
-        return [sanitizer, *options, "--error-exitcode", "9", sys.executable, *sweep] if sanitizer else sweep
-
-    def bench(dtype: str, compiled: str) -> list[str]:
-        few = ["--rounds", "2", "-k", "not size and not count and not tensors"] if small else ["--rounds", "20"]
-        few += ["--models", COMPILED_MODELS] if compiled == "only" else []
-        options = ["--benchmark-only", "--benchmark-quiet", "-q", "--dtype", dtype, "--compiled", compiled]
-        return ["-m", "pytest", "bench", "-p", "no:cacheprovider", *options, *few, *some, *out]
-
-    def replays(dtype: str) -> list[str]:
-        return ["-m", "bench.measure.replay", "--dtype", dtype, *some, *run, *(["--rounds", "2"] if small else [])]
-
-    def tune(model: str) -> list[str]:
-        few = ["--rounds", "1", "--settings", "2"] if small else ["--rounds", "3"]
-        return [
-            "-m",
-            "bench.measure.tune",
-            "kernel",
-            "--model",
-            model,
-            *few,
-            "--out",
-            str(folder / "run" / f"tune-{model}.json"),
-        ]
-
-    few_tests = ["tests/kernels/test_sums.py", "tests/kernels/test_cuda_graphs.py"] if small else []
-    steps = ["--models", "mnist_mlp", "--rounds", "1"] if small else ["--rounds", "20"]
-    host = ["--counts", "1,6", "--rounds", "3"] if small else ["--counts", "1,6,148,600", "--rounds", "60"]
+    on, out, run = (f"--device {device}", *(f"--results {quote(str(path))}" for path in (folder, folder / "run")))
+    models = "--models mnist_mlp" if small else ""
+    tests = "tests/kernels/test_sums.py tests/kernels/test_cuda_graphs.py" if small else ""
+    bench = f"pytest bench -p no:cacheprovider --benchmark-only --benchmark-quiet -q --rounds {2 if small else 20}"
+    bench += f" {on} {out}" + (" -k 'not size and not count and not tensors'" if small else "")
+    replay = f"bench.measure.replay {models} --rounds {2 if small else 15} {on} {run}"
+    update = f"bench.measure.update {models} --rounds {1 if small else 20} {on} {out}"
+    host = f"bench.measure.host {'--counts 1,6 --rounds 3' if small else '--counts 1,6,148,600 --rounds 60'} {on} {out}"
+    tune = f"bench.measure.tune kernel {'--rounds 1 --settings 2' if small else '--rounds 3'}"
     interpreted = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
-    # Memory goes back to the device when it is freed: inside of PyTorch's own pool no access to it would be noticed.
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # A compilation takes up to a minute, and none is begun that could be stopped in the middle.
-    compiled = [] if small else [Step("compiled float32", 12, bench("float32", "only"), told=0.6)]
-    return [
-        Step("tests", 24, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *few_tests]),
-        Step("memcheck", 6, checked("memcheck"), uncached, program=sanitizer),
-        Step("replays float32", 4, replays("float32")),
-        Step("float32", 20, bench("float32", "none"), told=0.85),
-        Step("bfloat16", 15, bench("bfloat16", "none"), told=0.85),
-        Step("optimizers", 4, ["-m", "bench.measure.update", *steps, *on, *out]),
-        Step("host time", 4, ["-m", "bench.measure.host", *host, *on, *out]),
-        Step("replays bfloat16", 3, replays("bfloat16")),
-        *(Step(f"tune {m}", 4, tune(m), interpreted) for m in (["mnist_mlp"] if small else ["resnet50", "gpt2"])),
-        *compiled,
-        Step("racecheck", 4, checked("racecheck"), uncached, program=sanitizer),
+
+    def checked(name: str, share: float) -> Step:
+        sweep = f"-m tests.support.small_sweep {on}"
+        # Memory goes back to the device when it is freed: in PyTorch's own pool no access to it would be noticed.
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        if device == "cpu":
+            return Step(name, share, split(sweep), uncached)
+        # PyTorch asks the driver for functions that it may not have, which is no error. Compilers are not watched.
+        options = f"--tool {name} --target-processes application-only --report-api-errors no --error-exitcode 9"
+        command = f"{SANITIZER} {options} {quote(sys.executable)} {sweep}"
+        return Step(name, share, split(command), uncached, program=SANITIZER)
+
+    def module(name: str, share: float, command: str, **more: Any) -> Step:
+        return Step(name, share, split(f"-m {command}"), **more)
+
+    found = [
+        module("tests", 24, f"pytest -q -p no:cacheprovider -m gpu {tests}"),
+        checked("memcheck", 6),
+        module("replays float32", 4, f"{replay} --dtype float32"),
+        module("float32", 20, f"{bench} {models} --dtype float32 --compiled none", told=0.85),
+        module("bfloat16", 15, f"{bench} {models} --dtype bfloat16 --compiled none", told=0.85),
+        module("optimizers", 4, update),
+        module("host time", 4, host),
+        module("replays bfloat16", 3, f"{replay} --dtype bfloat16"),
     ]
+    for model in ["mnist_mlp"] if small else ["resnet50", "gpt2"]:
+        command = f"{tune} --model {model} --out {quote(str(folder / 'run' / f'tune-{model}.json'))}"
+        found.append(module(f"tune {model}", 4, command, environment=interpreted))
+    if not small:  # a compilation takes up to a minute, and none is begun that could be stopped in the middle
+        command = f"{bench} --models {COMPILED_MODELS} --dtype float32 --compiled only"
+        found.append(module("compiled float32", 12, command, told=0.6))
+    return [*found, checked("racecheck", 4)]
 
 
 def run_step(step: Step, limit: float, logs: Path) -> dict[str, Any]:

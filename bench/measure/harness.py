@@ -1,11 +1,14 @@
 """One measurement: rounds of a call, each right after a round of what it is compared with."""
 
+import argparse
 import itertools
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +22,9 @@ MOST_ROUNDS, LEAST_ROUNDS = 200, 5
 COPY_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 Call = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
+Within = Callable[[Any], AbstractContextManager[object]]  # what a turn of the call with this key takes place in
+Pairs = Sequence[tuple[float, float]]  # seconds of a call, and of the reference right before it
 
 
 class CudaInstant:
@@ -35,6 +41,14 @@ class CudaInstant:
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
+
+
+def compared(pairs: Pairs) -> dict[str, Any]:
+    """Quantiles of the times, and of their ratios: what slows both of a pair cancels."""
+    seconds, references = zip(*pairs, strict=True)
+    ratios = [own / reference for own, reference in pairs]
+    found = {"seconds": seconds, "reference_seconds": references, "ratio": ratios}
+    return {"rounds": len(ratios), **{name: quantiles(values) for name, values in found.items()}}
 
 
 class Harness:
@@ -74,6 +88,18 @@ class Harness:
         times = [self.seconds(lambda: target.copy_(source)) for _ in range(7)]
         return 2 * source.numel() * source.element_size() / statistics.median(times)
 
+    def take_turns(
+        self, calls: Mapping[Key, Call], reference: Call, rounds: int, within: Within = nullcontext, warm_up: int = 0
+    ) -> dict[Key, Pairs]:
+        """The times of all calls, which take turns in each round, each with `reference` right before it."""
+        times: dict[Key, list[tuple[float, float]]] = {key: [] for key in calls}
+        for _ in range(warm_up + rounds):
+            for key, call in calls.items():
+                with within(key):
+                    before = self.seconds(reference)
+                    times[key].append((self.seconds(call), before))
+        return {key: pairs[warm_up:] for key, pairs in times.items()}
+
     def measure(self, benchmark: Any, call: Call, reference: Call, before: Call = lambda: None) -> dict[str, Any]:
         """Times `call` with pytest-benchmark, each round right after one of `reference`; `before` is not timed."""
         references: list[float] = []
@@ -91,11 +117,7 @@ class Harness:
             least = 3 if once > seconds else LEAST_ROUNDS
             rounds = max(least, min(MOST_ROUNDS, int(seconds / once)))
         benchmark.pedantic(call, setup=setup, rounds=rounds)
-        times = benchmark.stats.stats.data
-        # Each round by the reference round that was run right before it: what slows both cancels.
-        ratios = [time / reference for time, reference in zip(times, references, strict=True)]
-        found = {"seconds": times, "reference_seconds": references, "ratio": ratios}
-        return {"rounds": rounds, **{name: quantiles(values) for name, values in found.items()}}
+        return compared(list(zip(benchmark.stats.stats.data, references, strict=True)))
 
     def host_seconds(self, call: Call) -> float | None:
         """Until the call returns to a host that is idle; None without a GPU, where there is no difference."""
@@ -133,3 +155,13 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
     events = [e for e in result.kineto_results.events() if e.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
     return max(itertools.accumulate(changes, initial=0))
+
+
+def command_line(description: str | None, rounds: int | None) -> argparse.ArgumentParser:
+    """The arguments that all commands take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=default, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help="a folder for the results file; without it none is written")
+    return parser

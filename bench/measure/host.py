@@ -7,7 +7,6 @@ Triton path with launches that do nothing. With a GPU the same is asked of CUDA 
 returns, after waiting for the device.
 """
 
-import argparse
 import functools
 import gc
 import math
@@ -15,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 
 import fastreg
 from bench.measure import internals
-from bench.measure.harness import Call, quantiles
+from bench.measure.harness import Call, command_line, quantiles
 from bench.measure.models import from_shapes
 from bench.measure.peers import L1, L2, Weights, check, methods, ours, prepare, restore
 from bench.report import results
@@ -168,19 +166,14 @@ def tables(cases: Sequence[Case]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="a folder for the results file; without it none is written")
+    parser = command_line(__doc__, rounds=None)  # 400, and fewer of many tensors
     parser.add_argument("--counts", default="1,6,148,600,2000", help="comma-separated numbers of tensors")
-    parser.add_argument("--rounds", type=int, help="rather than 400, and fewer of many tensors")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    device, cases = torch.device(options.device), []
-    facts = results.environment(device)
-    for each in dict.fromkeys((device, torch.device("cpu"))):
+    facts, cases = results.environment(options.device), []
+    for device in dict.fromkeys((options.device, torch.device("cpu"))):
         for n in map(int, options.counts.split(",")):
-            cases += measure(n, each, options.rounds)
-            if options.results is not None:  # at once: a run that is cut short leaves what it found
-                results.write(options.results / f"host-{results.device_name(facts)}.json", facts, cases)
+            cases += measure(n, device, options.rounds)
+            results.store(options.results, f"host-{results.device_name(facts)}", facts, cases)
     print("\n".join(tables(cases)))
 
 

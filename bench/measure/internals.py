@@ -1,7 +1,7 @@
 """The only place where the benchmarks reach into fastreg's private modules."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -64,17 +64,13 @@ def kernel_settings() -> dict[str, int]:
 @contextmanager
 def settings(**chosen: int) -> Iterator[None]:
     """Other values of BLOCK, NUM_WARPS, MOST_CHUNKS or CPU_BLOCK; the library's own are back afterwards."""
-    places = (plan, launch, tables)
-    own = [(place, name, getattr(place, name)) for place in places for name in chosen if hasattr(place, name)]
-    try:
-        for place, name, _ in own:
-            setattr(place, name, chosen[name])
+    with ExitStack() as stack:
+        stack.callback(forget_layouts)  # the last that happens
+        for place in (plan, launch, tables):
+            if there := {name: value for name, value in chosen.items() if hasattr(place, name)}:
+                stack.enter_context(mock.patch.multiple(place, **there))
         forget_layouts()
         yield
-    finally:
-        for place, name, value in own:
-            setattr(place, name, value)
-        forget_layouts()
 
 
 class NoKernel:

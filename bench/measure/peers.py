@@ -6,6 +6,7 @@ A peer is a function of weights, l1 and l2 that returns what it can do by task, 
         value       returns the penalty, without a graph
         backward    adds the penalty's gradient to .grad, through autograd
     add_grad    adds the gradient without autograd, and returns the penalty
+    gradient    the same without the penalty
     prox        shrinks the weights in place, by a step of LR
 """
 
@@ -63,11 +64,19 @@ def foreach(weights: Weights, l1: float, l2: float) -> Tasks:
     """The strongest hand-written rival in eager PyTorch: multi-tensor operators, inside a custom Function."""
 
     @torch.no_grad()
-    def add_grad() -> Tensor:
+    def gradient() -> None:
         grads = [w.grad for w in weights]
         torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=l1)
         torch._foreach_add_(grads, weights, alpha=2 * l2)
-        return _foreach_value(weights, l1, l2)
+
+    def penalty() -> Tensor:
+        return _ForeachPenalty.apply(l1, l2, *weights)
+
+    value = torch.no_grad()(lambda: _foreach_value(weights, l1, l2))
+
+    def add_grad() -> Tensor:
+        gradient()
+        return value()
 
     @torch.no_grad()
     def prox() -> None:
@@ -77,11 +86,7 @@ def foreach(weights: Weights, l1: float, l2: float) -> Tasks:
         torch._foreach_sub_(weights, clamped)
         torch._foreach_div_(weights, 1 + 2 * LR * l2)
 
-    def penalty() -> Tensor:
-        return _ForeachPenalty.apply(l1, l2, *weights)
-
-    value = torch.no_grad()(lambda: _foreach_value(weights, l1, l2))
-    return {"penalty": penalty, "value": value, "add_grad": add_grad, "prox": prox}
+    return {"penalty": penalty, "value": value, "add_grad": add_grad, "gradient": gradient, "prox": prox}
 
 
 class _ForeachPenalty(torch.autograd.Function):
@@ -138,8 +143,6 @@ TOLERANCES = {
     "gradient": {F32: 1e-6, BF16: 1e-2, F16: 1e-3},
     "shrunk weight": {F32: 1e-5, BF16: 2e-2, F16: 3e-3},
 }
-
-
 PIECE = 1 << 26
 
 

@@ -5,25 +5,22 @@
 On a CPU, where nothing can be captured, a replay is another call.
 """
 
-import argparse
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from bench.measure import models
-from bench.measure.harness import Call, Harness, quantiles
-from bench.measure.models import DTYPES, SHAPES, from_shapes, n_weights
-from bench.measure.peers import L1, L2, Weights, prepare, restore
+from bench.measure.harness import Call, Harness, command_line, compared, quantiles
+from bench.measure.models import DTYPES, MODELS, SHAPES, from_shapes, n_weights
+from bench.measure.peers import L1, L2, Weights, prepare, restore, zero_grads
 from bench.report import results
 from bench.report.results import Case
 from bench.static import codegen, roofline
 from bench.static.gpu_specs import GPUS
 from bench.static.ledger import fastreg_operations
 
-TASKS = ("value", "add_grad", "prox")
-# As the roofline calls them.
+# The tasks, and what the roofline calls them.
 ROOFLINE_MODES = {"value": "value", "add_grad": "accumulate", "prox": "prox"}
 ROOFLINE_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -59,34 +56,31 @@ def share_of_bandwidth(device: str, task: str, dtype: str) -> float:
 
 def measure(model: str, harness: Harness, rounds: int, device: str = "") -> list[Case]:
     weights = from_shapes(SHAPES[model], harness.dtype, harness.device)
-    saved = [w.detach().clone() for w in weights]
-    for w in weights:
-        w.grad = torch.zeros_like(w)
+    saved, n = [w.detach().clone() for w in weights], n_weights(SHAPES[model])
+    zero_grads(weights)
     tasks = prepare("fastreg", weights, L1, L2)
     calls: dict[tuple[str, str], Call] = {}
-    for task in TASKS:
+    for task in ROOFLINE_MODES:
         tasks[task]()
-        calls[task, "called"] = tasks[task]
-        calls[task, "replayed"] = captured(tasks[task], harness.device)
-    floor, seconds = harness.floor(n_weights(SHAPES[model])), {key: [] for key in calls}
-    references: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
-    copies = []
-    for _ in range(rounds):
-        copies.append(harness.copy_bandwidth())
-        for key, call in calls.items():
-            restore(weights, saved)  # after a few proximal steps all would be zeros
-            references[key].append(harness.seconds(floor))
-            seconds[key].append(harness.seconds(call))
+        calls |= {(task, "called"): tasks[task], (task, "replayed"): captured(tasks[task], harness.device)}
+
+    copies: list[float] = []
+
+    @contextmanager
+    def restored(key: tuple[str, str]) -> Iterator[None]:
+        if key == next(iter(calls)):  # once a round: other work on the machine changes it
+            copies.append(harness.copy_bandwidth())
+        restore(weights, saved)  # after a few proximal steps all would be zeros
+        yield
+
+    times, cases = harness.take_turns(calls, harness.floor(n), rounds, restored), []
     copy = quantiles(copies)["p50"]
-    cases = []
-    for (task, how), times in seconds.items():
-        ratio = [time / reference for time, reference in zip(times, references[task, how], strict=True)]
-        case: Case = {"question": "replay", "task": task, "label": model, "method": f"fastreg {how}"}
-        case |= {"n_weights": n_weights(SHAPES[model]), "n_tensors": len(weights), "rounds": rounds}
-        share = share_of_bandwidth(device, task, str(harness.dtype).removeprefix("torch."))
-        predicted = predicted_seconds(task, weights, copy, share)
-        case |= {"seconds": quantiles(times), "ratio": quantiles(ratio), "copy_bytes_per_second": copy}
-        cases.append({**case, "predicted_seconds": predicted, "of_predicted": quantiles(times)["p50"] / predicted})
+    for (task, how), pairs in times.items():
+        dtype = str(harness.dtype).removeprefix("torch.")
+        case: Case = {"question": "replay", "task": task, "label": model, "method": f"fastreg {how}", "dtype": dtype}
+        case |= {"n_weights": n, "n_tensors": len(weights), **compared(pairs), "copy_bytes_per_second": copy}
+        predicted = predicted_seconds(task, weights, copy, share_of_bandwidth(device, task, dtype))
+        cases.append({**case, "predicted_seconds": predicted, "of_predicted": case["seconds"]["p50"] / predicted})
     return cases
 
 
@@ -97,19 +91,14 @@ def table(cases: Sequence[Case]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="a folder for the results file; without it none is written")
-    parser.add_argument("--models", default="mnist_mlp,resnet50,gpt2", help=f"of {', '.join(models.MODELS)}")
+    parser = command_line(__doc__, rounds=15)
+    parser.add_argument("--models", default="mnist_mlp,resnet50,gpt2", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    harness, facts, cases = Harness(device, DTYPES[options.dtype]), results.environment(device), []
+    harness, facts, cases = Harness(options.device, DTYPES[options.dtype]), results.environment(options.device), []
     for model in options.models.split(","):
-        cases += [{**case, "dtype": options.dtype} for case in measure(model, harness, options.rounds, facts["device"])]
-        if options.results is not None:  # at once: a run that is cut short leaves what it found
-            results.write(options.results / f"replay-{results.file_name(facts, options.dtype)}.json", facts, cases)
+        cases += measure(model, harness, options.rounds, facts["device"])
+        results.store(options.results, f"replay-{results.file_name(facts, options.dtype)}", facts, cases)
     print("\n".join(table(cases)))
 
 

@@ -11,14 +11,15 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.measure import internals
-from bench.measure.harness import Call, Harness, quantiles
+from bench.measure.harness import Call, Harness, compared
 from bench.measure.internals import Mode, Scale
 from bench.measure.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
 from bench.report import results
@@ -33,17 +34,18 @@ def take_turns(harness: Harness, n: int, cases: Mapping[str, tuple[Settings, Cal
 
     A case is what to call, and with which settings; between the turns they are the library's own again.
     """
-    floor = harness.floor(n)
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds + 1):  # the first of them warms up
-        for name, (chosen, call) in cases.items():
-            with internals.settings(**chosen):
-                for _ in range(2):  # compiles, and builds what is then known of the weights
-                    call()
-                reference = harness.seconds(floor)
-                found[name].append(harness.seconds(call) / reference)
-        print(f"round {number}/{rounds}", flush=True)
-    return {name: quantiles(ratios[1:]) for name, ratios in found.items()}
+
+    @contextmanager
+    def with_settings(name: str) -> Iterator[None]:
+        chosen, call = cases[name]
+        with internals.settings(**chosen):
+            for _ in range(2):  # compiles, and builds what is then known of the weights
+                call()
+            yield
+
+    calls = {name: call for name, (_, call) in cases.items()}
+    times = harness.take_turns(calls, harness.floor(n), rounds, with_settings, warm_up=1)
+    return {name: compared(pairs)["ratio"] for name, pairs in times.items()}
 
 
 def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings], impl: str, rounds: int) -> Found:
@@ -71,10 +73,10 @@ def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("what", choices=("kernel", "blocks"))
     parser.add_argument("--model", default="resnet50", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--settings", type=int, help="only the first so many")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args(arguments)

@@ -7,11 +7,9 @@ for a penalty whose gradient goes through the moments to the first of these, aga
 how long a step of 148 tensors keeps the host, where fastreg's launches and PyTorch's arithmetic do nothing.
 """
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreg
 from bench.measure import internals
-from bench.measure.harness import Call, Harness, quantiles
-from bench.measure.models import DTYPES, SHAPES, from_shapes, n_weights
+from bench.measure.harness import Call, Harness, Pairs, command_line, compared
+from bench.measure.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
 from bench.measure.peers import L1, L2, Weights, prepare, zero_grads
 from bench.report import results
-from bench.report.results import Case, table
+from bench.report.results import Case, pivot, table
 from bench.static import ledger
 
 LR, BETAS, EPS = 1e-5, (0.9, 0.999), 1e-8
@@ -36,67 +34,59 @@ HOST_TENSORS, HOST_NUMEL = 148, 16
 TOLERANCE = 1e-3
 
 
-def torch_step(weights: Weights, **form: bool) -> Call:
-    return torch.optim.AdamW(weights, LR, BETAS, EPS, weight_decay=0.0, **form).step
+class Step:
+    """A step of an optimizer, after `add`, if there is something to add to the gradients."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, add: Call | None = None) -> None:
+        self.optimizer, self.add = optimizer, add
+
+    def __call__(self) -> None:
+        if self.add is not None:
+            self.add()
+        self.optimizer.step()
 
 
-def beside(peer: str, **form: bool) -> Callable[[Weights], Call]:
+Method = Callable[[Weights], Step]
+
+
+def adamw(weights: Weights, kind: Any = torch.optim.AdamW, **options: Any) -> Any:
+    return kind(weights, LR, BETAS, EPS, weight_decay=0.0, **options)
+
+
+def beside(peer: str | None, task: str = "add_grad", **form: bool) -> Method:
     """`peer` adds its gradient, through autograd if it knows no other way, and then torch.optim makes its step."""
 
-    def method(weights: Weights) -> Call:
+    def method(weights: Weights) -> Step:
+        if peer is None:
+            return Step(adamw(weights, **form))
         tasks = prepare(peer, weights, L1, L2)
-        add, step = tasks.get("add_grad", tasks["backward"]), torch_step(weights, **form)
-
-        def call() -> None:
-            add()
-            step()
-
-        return call
+        return Step(adamw(weights, **form), tasks.get(task, tasks["backward"]))
 
     return method
 
 
-def gradient_only(weights: Weights) -> Call:
-    """The least that foreach operators can do, without a value of the penalty."""
-    step = torch_step(weights, fused=True)
-
-    @torch.no_grad()
-    def call() -> None:
-        grads = [w.grad for w in weights]
-        torch._foreach_add_(grads, torch._foreach_sign(weights), alpha=L1)
-        torch._foreach_add_(grads, weights, alpha=2 * L2)
-        step()
-
-    return call
-
-
-def attached(mode: Any) -> Callable[[Weights], Call]:
-    def method(weights: Weights) -> Call:
-        optimizer = torch.optim.AdamW(weights, LR, BETAS, EPS, weight_decay=0.0, fused=True)
+def attached(mode: Any) -> Method:
+    def method(weights: Weights) -> Step:
+        optimizer = adamw(weights, fused=True)
         fastreg.ElasticNet(weights, L1, L2).attach(optimizer, mode)
-        return optimizer.step
+        return Step(optimizer)
 
     return method
 
 
-def inside(prox: bool = False, track: bool = False, impl: Any = None) -> Callable[[Weights], Call]:
-    def method(weights: Weights) -> Call:
-        optimizer = fastreg.optim.AdamW(
-            weights, LR, BETAS, EPS, weight_decay=0.0, l1=L1, l2=L2, prox=prox, track=track, impl=impl
-        )
-        return optimizer.step
-
-    return method
+def inside(**options: Any) -> Method:
+    return lambda weights: Step(adamw(weights, fastreg.optim.AdamW, l1=L1, l2=L2, **options))
 
 
-METHODS: dict[str, Callable[[Weights], Call]] = {
-    ALONE: lambda weights: torch_step(weights, fused=True),
+METHODS: dict[str, Method] = {
+    ALONE: beside(None, fused=True),
     "fastreg.optim": inside(),
     "fastreg.optim, prox": inside(prox=True),
     "fastreg.optim, prox, tracked": inside(prox=True, track=True),
     "torch fused, fastreg attached": attached("grad"),
     "torch fused, fastreg attached, prox": attached("prox"),
-    "torch fused, foreach gradient": gradient_only,
+    # The least that foreach operators can do, without a value of the penalty.
+    "torch fused, foreach gradient": beside("foreach", "gradient", fused=True),
     "torch fused, foreach": beside("foreach", fused=True),
     "torch fused, loop": beside("loop", fused=True),
     "torch fused, torch.cat": beside("torch.cat", fused=True),
@@ -104,43 +94,32 @@ METHODS: dict[str, Callable[[Weights], Call]] = {
 }
 
 
-def prepared(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+def prepared(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
     weights = from_shapes(shapes, dtype, device)
     for w in weights:
         w.grad = torch.randn_like(w)
     return weights
 
 
-@torch.no_grad()
-def error(method: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> float:
+def error(method: str, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> float:
     """How far the first step is from one in float64: the gradient's share of the first moment, or the shrunk weight."""
     weights = prepared(shapes, dtype, device)
-    before = [w.detach().double() for w in weights]
-    grads = [w.grad.double() for w in weights if w.grad is not None]
-    is_prox = "prox" in method
+    before = [(w.detach().double(), w.grad.double()) for w in weights if w.grad is not None]
     step = METHODS[method](weights)
-    optimizer: Any = getattr(step, "__self__", None)
-    with torch.enable_grad():
-        step()
+    step()
+    l1, l2 = (0.0, 0.0) if method == ALONE else (L1, L2)
     off = size = 0.0
-    for w, old, grad in zip(weights, before, grads, strict=True):
-        l1, l2 = (0.0, 0.0) if method == ALONE else (L1, L2)
-        if is_prox:
-            denominator = grad.abs() + EPS
-            moved = old - LR * grad / denominator
-            t = LR / denominator
+    for w, (old, grad) in zip(weights, before, strict=True):
+        if "prox" in method:
+            t = LR / (grad.abs() + EPS)
+            moved = old - t * grad
             shrunk = moved.sign() * (moved.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2)
             reach = LR * max(2.0, (1 - BETAS[0]) / (1 - BETAS[1]) ** 0.5)  # as fastreg.optim documents it
             right = torch.where(grad == 0, moved, shrunk.clamp(moved - reach, moved + reach))
-            found, reference = w.double() - right, right - old
-        else:
-            full = grad + l1 * old.sign() + 2 * l2 * old
-            if optimizer is not None:  # the moment shows how large the gradient was, the weight only its sign
-                full, found = (1 - BETAS[0]) * full, optimizer.state[w]["exp_avg"].double()
-                found, reference = found - full, full
-            else:
-                right = old - LR * full / (full.abs() + EPS)
-                found, reference = w.double() - right, right - old
+            found, reference = w.detach().double() - right, right - old
+        else:  # the moment shows how large the gradient was, the weight only its sign
+            reference = (1 - BETAS[0]) * (grad + l1 * old.sign() + 2 * l2 * old)
+            found = step.optimizer.state[w]["exp_avg"].double() - reference
         off, size = off + float(found.square().sum()), size + float(reference.square().sum())
     return float((off / size) ** 0.5)
 
@@ -153,47 +132,24 @@ def no_arithmetic() -> Iterator[None]:
     def read_arguments(*lists: Any, **numbers: Any) -> None:
         fused(*lists, **{**numbers, "found_inf": skipped})
 
-    counted: Any = lambda *lists, **numbers: None  # noqa: E731  on a GPU one launch counts the steps, here a loop
+    def count_nothing(*lists: Any, **numbers: Any) -> None:
+        """On a GPU one launch counts the steps, here a loop."""
+
     with (
         internals.stubbed_launches(),
         mock.patch.object(torch, "_fused_adamw_", read_arguments),
-        mock.patch.object(torch, "_foreach_add_", counted),
+        mock.patch.object(torch, "_foreach_add_", count_nothing),
     ):
         yield
 
 
-Times = dict[str, list[tuple[float, float]]]
-
-
-def take_turns(calls: dict[str, Call], harness: Harness, rounds: int, repeats: int = 1) -> Times:
-    """Seconds of each call in each round, and of ALONE right before it; each `repeats` times in a row."""
-
-    def repeated(call: Call) -> Call:
-        def run() -> None:
-            for _ in range(repeats):
-                call()
-
-        return run
-
-    times: Times = {name: [] for name in calls}
-    gc.collect()
-    for number in range(rounds + 2):
-        for name, call in calls.items():
-            before, seconds = (harness.seconds(repeated(each)) / repeats for each in (calls[ALONE], call))
-            times[name] += [(seconds, before)] if number >= 2 else []
-    return times
-
-
-def cases_of(label: str, dtype: str, times: Times, errors: dict[str, float]) -> list[Case]:
+def cases_of(label: str, dtype: str, times: dict[str, Pairs], errors: dict[str, float]) -> list[Case]:
     """What each method took, also in multiples of ALONE right before it."""
-    found = []
-    for method, pairs in times.items():
-        seconds = [one for one, _ in pairs]
-        ratios = [one / other for one, other in pairs]
-        case: Case = {"question": "update", "task": "update", "label": label, "method": method, "dtype": dtype}
-        case |= {"rounds": len(seconds), "seconds": quantiles(seconds), "ratio": quantiles(ratios)}
-        found.append({**case, "status": "measured", "errors": {"step": errors.get(method, 0.0)}})
-    return found
+    case: Case = {"question": "update", "task": "update", "label": label, "dtype": dtype, "status": "measured"}
+    return [
+        {**case, "method": method, **compared(pairs), "errors": {"step": errors.get(method, 0.0)}}
+        for method, pairs in times.items()
+    ]
 
 
 def measure(model: str, dtype: str, device: torch.device, rounds: int) -> list[Case]:
@@ -202,20 +158,27 @@ def measure(model: str, dtype: str, device: torch.device, rounds: int) -> list[C
     errors = {method: error(method, small, DTYPES[dtype], device) for method in METHODS}
     if wrong := {method: each for method, each in errors.items() if not each <= TOLERANCE}:
         raise RuntimeError(f"not timed, as steps are wrong: {wrong}")
-    harness = Harness(device, DTYPES[dtype])
     weights = prepared(shapes, DTYPES[dtype], device)  # the same for all, which only have states of their own
-    calls = {name: method(weights) for name, method in METHODS.items()}
-    return cases_of(model, dtype, take_turns(calls, harness, rounds), errors)
+    steps = {name: method(weights) for name, method in METHODS.items()}
+    gc.collect()
+    times = Harness(device, DTYPES[dtype]).take_turns(steps, steps[ALONE], rounds, warm_up=2)
+    return cases_of(model, dtype, times, errors)
 
 
-def measure_host(rounds: int) -> list[Case]:
-    shapes = [[HOST_NUMEL]] * HOST_TENSORS
-    cpu = torch.device("cpu")
+def measure_host(rounds: int, repeats: int = 20) -> list[Case]:
+    shapes, cpu = [[HOST_NUMEL]] * HOST_TENSORS, torch.device("cpu")
     methods = {ALONE: METHODS[ALONE], "fastreg.optim": inside(impl="triton")}
-    methods["fastreg.optim, prox, tracked"] = inside(True, True, impl="triton")
+    methods["fastreg.optim, prox, tracked"] = inside(prox=True, track=True, impl="triton")
+
+    def repeated(step: Step) -> Call:
+        return lambda: [step() for _ in range(repeats)]
+
     with no_arithmetic():
-        calls = {name: method(prepared(shapes, torch.float32, cpu)) for name, method in methods.items()}
-        return cases_of(HOST, "float32", take_turns(calls, Harness(cpu, torch.float32), rounds, repeats=20), {})
+        steps = {name: repeated(method(prepared(shapes, torch.float32, cpu))) for name, method in methods.items()}
+        gc.collect()
+        times = Harness(cpu, torch.float32).take_turns(steps, steps[ALONE], rounds, warm_up=2)
+    each = {name: [(own / repeats, alone / repeats) for own, alone in pairs] for name, pairs in times.items()}
+    return cases_of(HOST, "float32", each, {})
 
 
 FORMS = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch for-loop": {"foreach": False}}
@@ -226,13 +189,12 @@ def counted(model: str) -> dict[str, list[ledger.Operation]]:
     found: dict[str, list[ledger.Operation]] = {}
     with FakeTensorMode():
         weights = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in SHAPES[model]]
-        for w in weights:
-            w.grad = torch.empty_like(w)
+        zero_grads(weights)
         for form, options in FORMS.items():
-            for peer in ("none", "foreach", "loop"):
-                call = torch_step(weights, **options) if peer == "none" else beside(peer, **options)(weights)
-                call()  # makes the states
-                found[f"{form}, {'no penalty' if peer == 'none' else peer}"] = ledger.count(call)
+            for peer in (None, "foreach", "loop"):
+                step = beside(peer, **options)(weights)
+                step()  # makes the states
+                found[f"{form}, {peer or 'no penalty'}"] = ledger.count(step)
     meta = from_shapes(SHAPES[model], torch.float32, "meta")
     fused = found[ALONE]
     zero_grads(meta)
@@ -254,33 +216,21 @@ def counted_table(model: str) -> list[str]:
 
 
 def tables(cases: Sequence[Case]) -> list[str]:
-    labels = list(dict.fromkeys(case["label"] for case in cases))
-    found = {(case["label"], case["method"]): case for case in cases}
-    rows = []
-    for method in dict.fromkeys(case["method"] for case in cases):
-        own = [found.get((label, method)) for label in labels]
-        rows.append([method, *("-" if case is None else f"{case['ratio']['p50']:.2f}" for case in own)])
-    return table([f"x {ALONE}", *labels], rows)
+    return pivot(cases, f"x {ALONE}", row="method", column="label")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="a folder for the results file")
+    parser = command_line(__doc__, rounds=9)
     parser.add_argument("--models", default="resnet50,gpt2", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    facts = results.environment(device)
-    cases = []
+    facts, cases = results.environment(options.device), []
     for model in options.models.split(","):
-        cases += measure(model, options.dtype, device, options.rounds)
-    if device.type == "cpu" and internals.launch is not None:
+        cases += measure(model, options.dtype, options.device, options.rounds)
+    if options.device.type == "cpu" and internals.launch is not None:
         cases += measure_host(3 * options.rounds)
     print("\n".join(tables(cases)))
-    if options.results:
-        results.write(options.results / f"update-{results.file_name(facts, options.dtype)}.json", facts, cases)
+    results.store(options.results, f"update-{results.file_name(facts, options.dtype)}", facts, cases)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,1 @@
-"""Results files, and what is made of them.
-
-The page docs/benchmarks.md, its plots, the README's table and the summary of a run on a GPU.
-"""
+"""Results files, and what is made of them: docs/benchmarks.md, its plots, the README's table, a verdict on a GPU."""

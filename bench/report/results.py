@@ -4,11 +4,11 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ FOLDER = ROOT / "bench" / "results"
 TOOLS = {"PyTorch": "torch", "Triton": "triton", "CUDA": "cuda", "ROCm": "hip", "Python": "python"}
 
 Case = dict[str, Any]
+T = TypeVar("T", bound=Hashable)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -73,20 +74,21 @@ def device_name(facts: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device).strip("-")
 
 
+def store(folder: Path | None, name: str, facts: dict[str, Any], cases: list[Case]) -> None:
+    """For commands: writes what was found so far, as a run may be cut short; nothing without a folder."""
+    if folder is not None:
+        write(folder / f"{name}.json", facts, cases)
+
+
 def write(path: Path, facts: dict[str, Any], cases: list[Case]) -> None:
     """One case per line, so that two runs can be compared by eye."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(_rounded(case)) for case in cases)
+    # Four digits: no measurement has more.
+    rounded = json.loads(json.dumps(cases), parse_float=lambda number: float(f"{float(number):.4g}"))
+    lines = ",\n".join(map(json.dumps, rounded))
     part = path.with_suffix(".part")  # a run may be stopped at any moment
     part.write_text(f'{{"environment": {json.dumps(facts)},\n"cases": [\n{lines}\n]}}\n')
     part.replace(path)
-
-
-def _rounded(value: Any) -> Any:
-    """Four digits: no measurement has more."""
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def read(folder: Path = FOLDER) -> list[dict[str, Any]]:
@@ -99,3 +101,27 @@ def table(names: Sequence[str], rows: Iterable[Sequence[object]], text_columns: 
     """Markdown; columns after the first `text_columns` hold numbers."""
     marks = ["---"] * text_columns + ["---:"] * (len(names) - text_columns)
     return [f"| {' | '.join(map(str, cells))} |" for cells in (names, marks, *rows)]
+
+
+def pivot(
+    cases: Sequence[Case], corner: str, form: str = "{:.2f}", less: int = 0, row: str = "label", column: str = "method"
+) -> list[str]:
+    """Median ratios, `less` something: a row for each `row` of each task, a column for each `column` of the cases."""
+    found = {(c["task"], c[row], c[column]): c for c in cases}
+    tasks, columns = unique(c["task"] for c in cases), unique(c[column] for c in cases)
+    several = len(tasks) > 1
+
+    def cell(case: Case | None) -> str:
+        if case is None:
+            return "-"
+        return form.format(case["ratio"]["p50"] - less) if case["status"] == "measured" else "wrong"
+
+    rows = []
+    for task, name in sorted(unique((c["task"], c[row]) for c in cases), key=lambda pair: tasks.index(pair[0])):
+        shown = f"{int(name):,}" if name.isdigit() else name
+        rows.append([shown, *[task] * several, *(cell(found.get((task, name, each))) for each in columns)])
+    return table([corner, *["task"] * several, *columns], rows)
+
+
+def unique(values: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(values))

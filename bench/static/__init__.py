@@ -1,4 +1,1 @@
-"""What is known without running anything on a GPU.
-
-Launches and bytes are counted, machine code is read, limits are computed from published rates.
-"""
+"""What is known without a GPU: launches and bytes are counted, machine code is read, limits are computed."""

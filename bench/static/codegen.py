@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -23,19 +24,14 @@ from triton.runtime import driver
 from triton.runtime.errors import PTXASError
 
 from bench.measure.internals import STEPS, UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
-from bench.report.results import FOLDER
+from bench.report.results import FOLDER, table
 
 TABLE = FOLDER / "codegen.md"
 ROOFLINE = "# How much of a GPU's memory bandwidth the sweeps can reach\n"  # where the part of roofline.py begins
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),  # sums in pairs of float32
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# And the other NVIDIA architectures, for what depends on the GPU more than on the kernel: bench/static/roofline.py.
-ALL_TARGETS = TARGETS | {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 89, 103, 120)}
+ALL_TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 89, 90, 100, 103, 120)}
+ALL_TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+# Those of the tables here; sm_86 has sums in pairs of float32. roofline.py takes all of NVIDIA's.
+TARGETS = {name: ALL_TARGETS[name] for name in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -250,10 +246,8 @@ def access(opcode: str) -> tuple[str, int] | None:
     return None
 
 
-def table(target: str) -> Iterator[str]:
-    """A row per variant and dtype, and one for each different `_finish_kernel`."""
-    yield "| kernel | variant | dtype | registers | scratch | shared | atomics | loads | stores | loop | per element |"
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |"
+def rows(target: str) -> Iterator[list[object]]:
+    """One per variant and dtype, and one for each different `_finish_kernel`."""
     elements = kernel_settings()["BLOCK"] // (TARGETS[target].warp_size * kernel_settings()["NUM_WARPS"])
     seen = set()
     for variant, dtype in CASES:
@@ -263,24 +257,17 @@ def table(target: str) -> Iterator[str]:
                 report, length = inspect(kernel), machine_loop(kernel).total()
                 widths = [", ".join(f"{n} x {width} B" for width, n in found.items()) for found in report[4:]]
                 rest = [*widths, length, f"{length / elements:.1f}"] if name == "_sweep_kernel" else [""] * 4
-                yield f"| {' | '.join(map(str, (name, variant, dtype, *report[:4], *rest)))} |"
+                yield [name, variant, dtype, *report[:4], *rest]
 
 
 def document() -> str:
-    lines = f"""# What the compiler makes of the kernels
-
-Facts about compiled code, not measurements: nothing here was run. Written by `python -m bench.static.codegen` with
-Triton {triton.__version__}, for the launches that fastreg makes: blocks of {kernel_settings()["BLOCK"]} elements, \
-{kernel_settings()["NUM_WARPS"]} warps.
-
-- registers: per thread (AMD: vector registers); scratch: bytes of stack and local memory, and spills
-- loads, stores: accesses to global memory per thread in the loop over full blocks, and the width of each
-- shared: bytes of shared memory per program; atomics: atomic instructions of any kind
-- loop: instructions in that loop, which handles one block, and the same per element
-- variants: scaled, by an upstream gradient on the device; grouped, strengths of two groups on the device""".split("\n")
+    names = ["kernel", "variant", "dtype", "registers", "scratch", "shared", "atomics", "loads", "stores", "loop"]
+    lines: list[str] = []
     for name, target in TARGETS.items():
-        lines += ["", f"## {name} ({target.backend}, {target.warp_size} threads per warp)", "", *table(name)]
-    return "\n".join(lines) + "\n"
+        lines += ["", f"## {name} ({target.backend}, {target.warp_size} threads per warp)", ""]
+        lines += table([*names, "per element"], rows(name), 3)
+    about = Path(__file__).with_name("codegen.in.md").read_text()
+    return about.format(triton=triton.__version__, tables="\n".join(lines[1:]), **kernel_settings())
 
 
 def write(facts: str | None = None, roofline: str | None = None) -> None:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure.internals import Mode, launch_sizes
+from bench.measure.internals import launch_sizes
 from bench.measure.models import MODELS, SHAPES, from_shapes
 from bench.measure.peers import L1, L2, Weights, methods, prepare, zero_grads
 from bench.report import results
 
 # Passes over the weights, reads and writes, that no method can do without.
 FLOOR_PASSES = {"value": 1, "backward": 3, "add_grad": 3, "prox": 2}
-# fastreg's sweeps, and whether each returns the value.
+# fastreg's sweeps: the numbers that each reads and writes per weight, and whether it returns the value.
 SWEEPS = {
-    "value": [(Mode.VALUE, True)],
-    "backward": [(Mode.VALUE, True), (Mode.ACCUMULATE, False)],
-    "add_grad": [(Mode.ACCUMULATE, True)],
-    "prox": [(Mode.PROX, False)],
+    "value": [(1, 0, True)],
+    "backward": [(1, 0, True), (2, 1, False)],
+    "add_grad": [(2, 1, True)],
+    "prox": [(1, 1, False)],
 }
 # By how their names begin: what moves no memory, overwrites without reading, and fills new tensors.
 FREE = ("profiler::", "prim::", "empty", "new_empty", "_unsafe_view", "lift_fresh", "_local_scalar_dense", "item")
@@ -131,7 +131,7 @@ def rows(models: Sequence[str]) -> list[Row]:
     """Every method on every model, in float32."""
     asked = [(task, method) for task in FLOOR_PASSES for method in methods(task, compiled=False)]
     weights = {model: from_shapes(SHAPES[model], torch.float32, "meta") for model in models}
-    return [row(model, task, method, weights[model]) for model in models for task, method in asked]
+    return [row(model, *each, weights[model]) for model in models for each in asked]
 
 
 def row(model: str, task: str, method: str, weights: Weights) -> Row:
@@ -150,27 +150,27 @@ def fastreg_operations(task: str, weights: Weights) -> list[Operation]:
     """The kernels that fastreg launches on a GPU, with their tables."""
     # Autograd's own: the gradient of the loss with respect to itself.
     operations = [Operation("ones_like", 1, 0, 4)] if task == "backward" else []
-    for mode, with_value in SWEEPS[task]:
-        partials, reads_grads, writes = 0, mode == Mode.ACCUMULATE, mode != Mode.VALUE
-        for n_bytes, n_chunks in launch_sizes(weights):
-            # Per chunk: its row, and where its gradient is.
-            read = n_bytes * (1 + reads_grads) + n_chunks * (32 + 8 * reads_grads)
-            operations.append(Operation("_sweep_kernel", 1, read, n_bytes * writes + 16 * n_chunks * with_value))
-            partials += 16 * n_chunks
-        if with_value:
-            # Two programs read all partial sums: one for the value, one for the sums of the one strength group.
-            operations.append(Operation("_finish_kernel", 1, 2 * partials, 3 * 4 + 16))
+    for n_read, n_written, with_value in SWEEPS[task]:
+        # Per chunk: its row, and where its gradient is.
+        operations += _sweep(weights, n_read, n_written, with_value, 32 + 8 * (n_read > 1), 0)
     return operations
 
 
 def step_operations(weights: Weights, n_read: int, n_written: int, with_value: bool = False) -> list[Operation]:
     """The kernels of a step of Adam, or of a proximal step after one, by the numbers it reads and writes per weight."""
+    # Per chunk: its row, where its gradient and its states are, its settings, and its count of steps.
+    return _sweep(weights, n_read, n_written, with_value, 32 + 8 + 32 + 88 + 4, 4)
+
+
+def _sweep(
+    weights: Weights, n_read: int, n_written: int, with_value: bool, read_by_chunk: int, written_by_chunk: int
+) -> list[Operation]:
     operations, partials = [], 0
     for n_bytes, n_chunks in launch_sizes(weights):
-        # Per chunk: its row, where its gradient and its states are, its settings, and its count of steps.
-        read = n_read * n_bytes + n_chunks * (32 + 8 + 32 + 88 + 4)
-        operations.append(Operation("_sweep_kernel", 1, read, n_written * n_bytes + n_chunks * (4 + 16 * with_value)))
+        written = n_written * n_bytes + n_chunks * (written_by_chunk + 16 * with_value)
+        operations.append(Operation("_sweep_kernel", 1, n_read * n_bytes + n_chunks * read_by_chunk, written))
         partials += 16 * n_chunks
+    # Two programs read all partial sums: one for the value, one for the sums of the one strength group.
     return [*operations, Operation("_finish_kernel", 1, 2 * partials, 3 * 4 + 16)] if with_value else operations
 
 

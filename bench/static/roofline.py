@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
@@ -177,11 +178,8 @@ def finish(gpu: GPU, n_chunks: int) -> tuple[float, float]:
     block = found.constants[(found.function.arg_names.index("BLOCK"),)]
     kernel = codegen.compiled("value", "fp32", gpu.target)["_finish_kernel"]
     instructions, labels = codegen.parse(codegen.machine_code(kernel))
-    loop = next(
-        body
-        for body in (instructions[each] for each in codegen.loops(instructions, labels))
-        if any(codegen.access(i.opcode) for i in body)
-    )
+    bodies = (instructions[each] for each in codegen.loops(instructions, labels))
+    loop = next(body for body in bodies if any(codegen.access(i.opcode) for i in body))
     rounds, threads = -(-n_chunks // block), 32 * kernel.metadata.num_warps
     opcodes = Counter({opcode: n * rounds for opcode, n in Counter(i.opcode for i in loop).items()})
     opcodes += Counter(i.opcode for i in outside_loops(instructions, labels))
@@ -205,57 +203,21 @@ def time_rows() -> Iterator[tuple[object, ...]]:
         yield name, mode, dtype, *times, in_flight, chain, f"{small.share:.2f} {small.limit}"
 
 
-def finish_rows() -> Iterator[tuple[object, ...]]:
-    for name, gpu in GPUS.items():
-        yield name, *(f"{float64:.1f} + {memory:.1f}" for float64, memory in (finish(gpu, n) for n in CHUNKS))
-
-
-ABOUT = f"""
-Bounds from the instructions of the loop over full blocks and from published rates, not measurements: nothing here was
-run, and a GPU can be slower for reasons that are not counted. Written by `python -m bench.static.roofline` with
-Triton {triton.__version__}; each GPU's code is compiled for its own architecture.
-
-- share of memory bandwidth: the time that the memory needs, over the longest of all times; then what takes that time
-- counted: each instruction between the loop's label and the branch back to it, rarely executed ones and NOPs too; an
-  instruction for which no unit is known is an error
-- issue: {LANES // 32} warp instructions per clock and SM. The other times are those of the units: FP32 (with integer
-  multiplication, and from 8.6 on packed 16-bit arithmetic), multiply, compare (with logic, shifts, moves, selection,
-  integer addition), 16-bit, convert (with reciprocals), float64 (where it is rationed: with 64-bit conversions)
-- latency: with as many programs per SM as registers, threads and blocks allow, and {LATENCY} clocks, which is an
-  assumption. A thread issues in order: what it has asked for until it first uses any of it is in flight
-- clock: the one that the published float32 TFLOPS assume; at a lower one, all but the memory takes longer
-- not counted: caches and their bandwidth, units that share a port, register banks, and DRAM's own overhead (refresh,
-  turning from reads to writes), which keeps measured bandwidth below the published one everywhere
-- rates, with the document of each: `bench/static/gpu_specs.py`
-"""
-ABOUT_TIMES = """
-## Times
-
-Picoseconds per element, of the whole GPU. In flight: KiB of loads per SM, then what full bandwidth needs. One block:
-for programs of one block, as small weights have, how often a program waits for a read that depends on the one before
-(tables, then data) and for how long, all from DRAM; then the share of bandwidth, with all that is executed once.
-"""
-ABOUT_FINISH = """
-## The finishing kernel
-
-Microseconds for so many chunks: float64 arithmetic on the one SM that has the program, plus waits for memory (each as
-long as above, with strengths in device memory; partial sums that are still in the L2 cache come sooner). Launch not
-counted. For groups, as many programs more, each on an SM of its own.
-"""
-
-
 def section() -> str:
-    facts = (
+    gpus = (
         (name, gpu.target, gpu.sms, f"{gpu.ghz:.2f}", gpu.bandwidth, ARCHITECTURES[gpu.target].fp64, gpu.source)
         for name, gpu in GPUS.items()
     )
-    lines = [
-        *(ABOUT, *table(("GPU", "code", "SMs", "GHz", "GB/s", "float64 per clock and SM", "source"), facts, 2)),
-        *("\n## Share of bandwidth, and the limit\n", *table(("GPU", "dtype", *MODES), share_rows(), 2)),
-        *(ABOUT_TIMES, *table(("GPU", "mode", "dtype", *TIMES, "in flight", "waits", "one block"), time_rows(), 3)),
-        *(ABOUT_FINISH, *table(("GPU", *map(str, CHUNKS)), finish_rows())),
-    ]
-    return "\n".join(lines) + "\n"
+    finished = ((name, *("{:.1f} + {:.1f}".format(*finish(gpu, n)) for n in CHUNKS)) for name, gpu in GPUS.items())
+    tables = {
+        "gpus": table(("GPU", "code", "SMs", "GHz", "GB/s", "float64 per clock and SM", "source"), gpus, 2),
+        "shares": table(("GPU", "dtype", *MODES), share_rows(), 2),
+        "times": table(("GPU", "mode", "dtype", *TIMES, "in flight", "waits", "one block"), time_rows(), 3),
+        "finish": table(("GPU", *map(str, CHUNKS)), finished),
+    }
+    facts = {"triton": triton.__version__, "schedulers": gpu_specs.SCHEDULERS, "latency": LATENCY}
+    about = Path(__file__).with_name("roofline.in.md").read_text()
+    return about.format(**facts, **{name: "\n".join(lines) for name, lines in tables.items()})
 
 
 if __name__ == "__main__":

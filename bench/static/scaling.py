@@ -11,28 +11,18 @@ processes do.
 """
 
 import functools
+import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bench.measure.models import SHAPES, Shapes, n_weights
-from bench.report.results import FOLDER
+from bench.report.results import FOLDER, table
 
 TARGET = FOLDER / "scaling.md"
 FLOAT32 = 4
 SUMS = 16  # bytes: of |w| and of w², float64
-
-HEAD = """# Many devices
-
-Written by `python -m bench.static.scaling`, from formulas that `tests/bench/test_scaling.py` holds against what 1, 2
-and 4 processes were seen to move and send. Nothing here is a measured time; no run had 64 or 4096 devices.
-
-float32 weights, sharded in rows as FSDP2 does it, a `.grad` that exists; per call, on the device that holds
-the most. *Moved* are bytes read and written in the device's memory, *sent* bytes that leave the device in
-ring algorithms. fastreg sends two float64 sums, whatever the model; gathering the weights to sum them sends
-the whole model from every device or more, because shards are padded to whole rows, and moves it about as
-often as one device alone would.
-"""
 
 
 class Cost(NamedTuple):
@@ -79,17 +69,15 @@ METHODS = {
 
 
 def report() -> str:
-    lines = [HEAD]
+    tables: list[str] = []
     for model in ("gpt2", "llama3.2_1b"):
-        shapes = SHAPES[model]
-        lines += [f"## {model}: {n_weights(shapes):,} weights in {len(shapes)} tensors", ""]
-        lines += ["| | devices | moved | collectives | sent |", "| --- | ---: | ---: | ---: | ---: |"]
-        for name, method in METHODS.items():
-            for devices in (1, 64, 4096):
-                moved, collectives, _, sent = method(shapes, devices)
-                lines.append(f"| {name} | {devices:,} | {_bytes(moved)} | {collectives} | {_bytes(sent)} |")
-        lines.append("")
-    return "\n".join(lines)
+        shapes, rows = SHAPES[model], []
+        for (name, method), devices in itertools.product(METHODS.items(), (1, 64, 4096)):
+            moved, collectives, _, sent = method(shapes, devices)
+            rows.append([name, f"{devices:,}", _bytes(moved), collectives, _bytes(sent)])
+        tables += ["", f"## {model}: {n_weights(shapes):,} weights in {len(shapes)} tensors", ""]
+        tables += table(["call", "devices", "moved", "collectives", "sent"], rows)
+    return Path(__file__).with_name("scaling.in.md").read_text().format(tables="\n".join(tables[1:]))
 
 
 def _bytes(n: float) -> str:

@@ -11,11 +11,12 @@ import torch
 pytest.importorskip("triton")
 
 from bench import run_on_gpu
-from bench.measure import models, replay, small_sweep
+from bench.measure import models, replay
 from bench.measure.harness import Harness
 from bench.report import results, verdict
 from bench.run_on_gpu import Step
 from bench.static import codegen
+from tests.support import small_sweep
 
 FACTS = {"device": "Imaginary", "device_type": "cpu"}
 # Starts a child that would outlive it and does not heed an interrupt, says which, and waits.

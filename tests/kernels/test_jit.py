@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from bench.measure import small_sweep
 from fastreg.core import layout
 from fastreg.core.types import Scale
 from fastreg.sweep.gradient import add_gradient
+from tests.support import small_sweep
 from tests.support.stub_driver import Launch, StubDriver, stub_driver
 
 pytest.importorskip("triton.backends.nvidia")

@@ -41,14 +41,10 @@ def sweep(device: str, impl: Literal["triton", "torch"] | None = None) -> float:
         for _ in range(2):
             (reg() * 0.5).backward()
         hook.remove()
-        optimizer = torch.optim.SGD(weights, lr=0.1)
-        handle = reg.attach(optimizer, mode="prox")
-        optimizer.step()
-        handle.remove()
-        adam = torch.optim.Adam(weights, lr=0.1)
-        handle = reg.attach(adam, mode="prox")
-        adam.step()
-        handle.remove()
+        for attached in (torch.optim.SGD(weights, lr=0.1), torch.optim.Adam(weights, lr=0.1)):
+            handle = reg.attach(attached, mode="prox")
+            attached.step()
+            handle.remove()
         for track in (False, True):
             for kind, options in STEPS:
                 inside = kind(weights, lr=0.1, l1=0.1, l2=0.5, prox=track, track=track, impl=impl, **options)
