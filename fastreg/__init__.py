@@ -1,8 +1,8 @@
 """The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, without copying the weights."""
 
 from fastreg import optim
-from fastreg.core.types import Penalty
 from fastreg.elastic_net import ElasticNet
+from fastreg.formulas.penalty import Penalty
 from fastreg.functional import add_elastic_grad_, elastic_penalty, elastic_prox_
 from fastreg.optim.attachment import Attachment
 from fastreg.selection.filters import bias_and_norm

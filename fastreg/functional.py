@@ -18,10 +18,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastreg.autograd.function import penalty_of
+from fastreg.autograd.function import compute_penalty
 from fastreg.core.checks import Impl
-from fastreg.core.strengths import check_strength
-from fastreg.core.types import Penalty, Strength
+from fastreg.core.penalty import Strength
+from fastreg.core.strengths import check_strength, checked
+from fastreg.core.types import Want
+from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.filters import Filter
 from fastreg.selection.params import Params
 from fastreg.selection.selection import select
@@ -94,7 +96,8 @@ def elastic_penalty(
     Examples:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
     """
-    return penalty_of(select(params, l1, l2, include, exclude, impl, reduce), return_terms)
+    work = select(params, checked(ElasticNetPenalty, l1, l2), include, exclude, impl, reduce)
+    return compute_penalty(work, Want.TERMS if return_terms else Want.TOTAL)  # type: ignore[no-any-return]
 
 
 def add_elastic_grad_(
@@ -125,10 +128,9 @@ def add_elastic_grad_(
         >>> penalty = fastreg.add_elastic_grad_(model, l1=1e-5, l2=1e-4)
         >>> optimizer.step()
     """
+    work = select(params, checked(ElasticNetPenalty, l1, l2), include, exclude, impl, reduce)
     with torch.no_grad():
-        found = add_gradient(select(params, l1, l2, include, exclude, impl, reduce))
-    assert found is not None
-    return found.penalty
+        return work.penalty.result(add_gradient(work))  # type: ignore[no-any-return]
 
 
 def elastic_prox_(
@@ -159,6 +161,6 @@ def elastic_prox_(
         >>> optimizer.step()
         >>> fastreg.elastic_prox_(model, l1=1e-5, lr=optimizer.param_groups[0]["lr"])
     """
-    work = select(params, l1, l2, include, exclude, impl)
+    work = select(params, checked(ElasticNetPenalty, l1, l2), include, exclude, impl)
     with torch.no_grad():
-        apply_prox(work, [check_strength(lr, "lr")])
+        apply_prox(work, check_strength(lr, "lr"))

@@ -51,7 +51,7 @@ class Regularizer(Generic[R]):
         self, params: Params, strengths: tuple[Strength, ...], include: Filter, exclude: Filter, impl: Impl
     ) -> None:
         check_impl(impl)
-        self._strengths: list[Strength] = [*checked(self._PENALTY, *strengths)]
+        self._strengths: list[Strength] = [*checked(self._PENALTY, *strengths).strengths]
         self._impl = impl
         self._params = copied(params)
         self._filters = (include, exclude)
@@ -176,7 +176,7 @@ class Regularizer(Generic[R]):
         work = None if is_traced else self._work
         if work is not None and work.layout is self._selection.layout:  # or both have none, as of sharded weights
             return work
-        penalty = self._PENALTY(map(self._strength, range(len(self._strengths))))
+        penalty = self._PENALTY([*map(self._strength, range(len(self._strengths)))])
         work = self._selection.work(tensors, penalty, self._impl, is_traced=is_traced)
         if not is_traced and self._selection.work_can_be_kept(penalty):
             self._work = work

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastreg.core.dtensor import local_shards
 from fastreg.core.types import Work
+from fastreg.formulas.penalty import ElasticNetPenalty
 from fastreg.selection.filters import Filter, matches
 from fastreg.selection.params import Candidate, Params, collect
 from fastreg.selection.selection import select
@@ -19,7 +20,7 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
 
     Args and errors: as `elastic_penalty`; ValueError too where the selected weights have no elements.
     """
-    weights = select(params, 0.0, 0.0, include, exclude, None).weights
+    weights = select(params, ElasticNetPenalty((0.0, 0.0)), include, exclude, None).weights
     total = sum(w.numel() for w in weights)
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")
@@ -30,26 +31,25 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
         return ((total - ownership.total(counts, ownership.mesh_index)).double() / total).float()
 
 
-HEADER = ("name", "shape", "dtype", "l1", "l2", "exact zeros")
-
-
 def summary_of(work: Work, params: Any, exclude: Filter) -> str:
     """A row for each weight that counts, a line of totals, and the tensors in `params` that do not count, with why.
 
     Waits for the device. Of sharded weights it is a collective call.
     """
     zeros = _zeros(work)
-    rows = [HEADER]
+    names = work.penalty.NAMES
+    rows = [("name", "shape", "dtype", *names, "exact zeros")]
     for name, w, group, n_zeros in zip(work.names, work.weights, work.groups, zeros, strict=True):
-        l1, l2 = (f"{float(strength):g}" for strength in work.strengths.of_group(group))
-        rows.append((name, _shape(w), str(w.dtype).removeprefix("torch."), l1, l2, _share(n_zeros, w.numel())))
+        first = group if isinstance(group, int) else group[0]  # segments of a weight have one strength
+        strengths = [f"{float(strength):g}" for strength in work.penalty.of_group(first).strengths]
+        rows.append((name, _shape(w), str(w.dtype).removeprefix("torch."), *strengths, _share(n_zeros, w.numel())))
     n = sum(w.numel() for w in work.weights)
-    rows.append((f"{len(work.weights)} tensors", f"{n:,}", "", "", "", _share(sum(zeros), n)))
-    lines = _aligned(rows)
+    rows.append((f"{len(work.weights)} tensors", f"{n:,}", "", *[""] * len(names), _share(sum(zeros), n)))
+    lines = _aligned(rows, n_left=3)
     lines = [lines[0], "-" * max(map(len, lines)), *lines[1:-1], "-" * max(map(len, lines)), lines[-1]]
     left_out = list(_left_out(work, params, exclude))
     if left_out:
-        lines += ["", "left out:", *_aligned([(f"  {c.name}", _shape(c.tensor), why) for c, why in left_out])]
+        lines += ["", "left out:", *_aligned([(f"  {c.name}", _shape(c.tensor), why) for c, why in left_out], n_left=3)]
     return "\n".join(lines)
 
 
@@ -61,12 +61,12 @@ def _zeros(work: Work) -> list[int]:
         counts = torch.stack([torch.count_nonzero(part).to(first) for part in parts])
         ownership = Ownership(work.weights, all_reduce=True)
         # A row for each weight, with its count in its place: one sum over ranks serves all.
-        found = ownership.total(list(torch.diag(counts)), ownership.mesh_index).tolist()
-    return [w.numel() - n for w, n in zip(work.weights, found, strict=True)]
+        totals = ownership.total(list(torch.diag(counts)), ownership.mesh_index).tolist()
+    return [w.numel() - n for w, n in zip(work.weights, totals, strict=True)]
 
 
 def _left_out(work: Work, params: Any, exclude: Filter) -> Iterator[tuple[Candidate, str]]:
-    candidates, _, modules = collect(params)
+    candidates, _, modules = collect(params, work.penalty.NAMES)
     chosen = set(work.weights)  # by identity, as tensors are hashed
     name_of = {id(w): name for name, w in zip(work.names, work.weights, strict=True)}
     is_excluded = matches(exclude, False, candidates, modules)
@@ -91,13 +91,12 @@ def _share(n_zeros: int, n: int) -> str:
     return f"{n_zeros / n:.2%}" if n else "-"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Text to the left, what follows it to the right."""
+def _aligned(rows: Sequence[tuple[str, ...]], n_left: int) -> list[str]:
+    """The first `n_left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    is_table = len(widths) == len(HEADER)
     return [
         "  ".join(
-            cell.rjust(width) if is_table and i >= 3 else cell.ljust(width)
+            cell.ljust(width) if i < n_left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.core.layout import Part
-from fastreg.core.types import Grads, Measure, Mode, Scale, Update, Work
+from fastreg.core.penalty import Measure
+from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.kernels.finish import _finish_kernel
 from fastreg.kernels.sweep import _sweep_kernel
 from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
@@ -32,26 +33,20 @@ _TRITON_DTYPES = {
 }
 
 
-def kernel_sweep(
-    parts: Sequence[Part],
-    mode: Mode,
-    work: Work,
-    grads: Grads,
-    scale: Scale,
-    value_dtype: torch.dtype | None,
-    with_terms: bool = True,
-    update: Update | None = None,
-) -> Measure | None:
+def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure | None:
     """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
 
-    The arguments are those of `block_sweep`, which does the same without Triton. The addresses of the weights are in
-    the parts' tables already.
+    The arguments are those of `block_sweep`. The addresses of the weights are in the parts' tables already.
     """
     device = parts[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device.
         with torch.cuda.device(device):
-            return kernel_sweep(parts, mode, work, grads, scale, value_dtype, with_terms, update)
+            return kernel_sweep(parts, work, request)
+    mode, grads, update, penalty = request.mode, request.grads, request.step, work.penalty
+    value_dtype: Any = None
+    if request.want is not Want.NOTHING and work.layout is not None:
+        value_dtype = work.layout.value_dtype
     tables: list[tuple[Part, PointerTables, Tables]] = []
     n_chunks = 0
     for part in parts:
@@ -60,7 +55,7 @@ def kernel_sweep(
         n_chunks += tables[-1][2].n_chunks
     n_groups = work.n_groups
     # Strengths and scales as kernels take them: as floats, and by address those that are in device memory.
-    factors: list[Any] = [*work.strengths, *scale]
+    factors: list[Any] = [*penalty.strengths, *(request.scale or (1.0,) * len(penalty.strengths))]
     values, addresses, doubles = factors[:], [0, 0, 0, 0], 0
     for i, factor in enumerate(factors):
         if isinstance(factor, Tensor):
@@ -133,7 +128,7 @@ def kernel_sweep(
     if sums is None or value_dtype is None:
         return None
     total = torch.empty((), dtype=value_dtype, device=device)
-    terms = (torch.empty_like(total), torch.empty_like(total)) if with_terms else None
+    terms = (torch.empty_like(total), torch.empty_like(total)) if request.want is Want.TERMS else None
     by_group = None
     if n_groups > 1:
         of_all = functools.partial(sorted_by_group, [table.chunks[:, 2] for _, _, table in tables], n_groups)

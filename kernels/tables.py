@@ -121,15 +121,18 @@ class PointerTables:
         part = self._part
         blocks_per_chunk = min(max(-(-sum(part.numels) // (BLOCK * MOST_CHUNKS)), 1), MOST_BLOCKS_PER_CHUNK)
         chunk_size = blocks_per_chunk * BLOCK
+        tensors, starts, numels, groups = part.segments
         # One for a tensor without elements, too: its steps are counted.
-        n_chunks = [max(-(-numel // chunk_size), 1) for numel in part.numels]
+        n_chunks = [max(-(-numel // chunk_size), 1) for numel in numels]
         first_chunks = itertools.accumulate(n_chunks[:-1], initial=0)
-        rows = zip(part.addresses, part.numels, part.groups, range(len(n_chunks)), first_chunks, n_chunks, strict=True)
+        size = part.dtype.itemsize
+        addresses = [part.addresses[tensor] + start * size for tensor, start in zip(tensors, starts, strict=True)]
+        rows = zip(addresses, numels, groups, tensors, first_chunks, n_chunks, strict=True)
         numbers = array.array("q", itertools.chain.from_iterable(rows))
-        tensors = to_device(_int64(numbers).view(-1, 6), part.device)
-        chunks = torch.repeat_interleave(tensors, tensors[:, 5], dim=0, output_size=sum(n_chunks))
+        segments = to_device(_int64(numbers).view(-1, 6), part.device)
+        chunks = torch.repeat_interleave(segments, segments[:, 5], dim=0, output_size=sum(n_chunks))
         start = (torch.arange(len(chunks), device=part.device) - chunks[:, 4]) * chunk_size
-        chunks[:, 0] += start * part.dtype.itemsize
+        chunks[:, 0] += start * size
         chunks[:, 1] = (chunks[:, 1] - start).clamp(max=chunk_size)
         return Tables(chunks[:, :4].contiguous(), len(chunks))
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastreg.blocks import plan
 from fastreg.core.layout import Layout, forget_layouts
-from fastreg.core.types import UNSCALED, Mode, Scale, Settings, Strength, Strengths, Update, Work
+from fastreg.core.penalty import Scale, Strength
+from fastreg.core.types import Mode, Request, Settings, Update, Want, Work
+from fastreg.formulas.penalty import ElasticNetPenalty
 from fastreg.formulas.steps import STEPS
 from fastreg.sweep.local import local_sweep
 
@@ -23,30 +25,32 @@ except ImportError:  # there is no Triton for this machine
 # Tensors beside a weight and its gradient. Alone, Adam's second moment counts as the second of its states.
 STATES = {Mode.SGD: 0, Mode.MOMENTUM: 1, Mode.ADAM: 2, Mode.AMSGRAD: 3, Mode.ADAM_PROX: 2}
 
-__all__ = ["STEPS", "UNSCALED", "Mode", "Scale", "Strength"]
+__all__ = ["STEPS", "Mode", "Scale", "Strength", "Want"]
 
 
 def one_sweep(weights: Sequence[Tensor], mode: Mode, l1: float, l2: float, impl: str, **keywords: Any) -> Any:
-    """One sweep over weights of one strength group; returns what it measured, or None with with_value=False."""
+    """One sweep over weights of one strength group; returns its value if `want` asks for one."""
     names = [str(i) for i in range(len(weights))]
+    work = Work(names, weights, [0] * len(weights), 1, ElasticNetPenalty((l1, l2)), impl)
     with torch.no_grad():
-        return local_sweep(Work(names, weights, [0] * len(weights), 1, Strengths(l1, l2), impl), mode, **keywords)
+        return local_sweep(work, Request(mode, **keywords))
 
 
 def launch_kernels(weights: Sequence[Tensor], mode: Mode, strength: Strength, scale: Scale, with_value: bool) -> object:
     """The Triton launches of one sweep on any device. Weights are their own gradients, the last of several a group."""
-    groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
+    n_groups = 1 + int(len(weights) > 1)
+    groups: list[int | range] = [0] * (len(weights) - 1) + [n_groups - 1]
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
     update = None
     if mode is Mode.ADAM_PROX or mode in STEPS:
         states = (weights, weights, weights)[: STATES[mode]]
         steps = [torch.zeros((), device=weights[0].device)] * len(weights) if STATES[mode] > 1 else None
-        update = Update([Settings(1.0)] * (max(groups) + 1), (*states, None, None, None)[:3], steps)
+        update = Update([Settings(1.0)] * n_groups, (*states, None, None, None)[:3], steps)
     grads = weights if mode not in (Mode.VALUE, Mode.PROX, Mode.ADAM_PROX) else None
-    work = Work([], weights, groups, max(groups) + 1, Strengths(strength, strength), "triton")
-    dtype = layout.value_dtype if with_value else None
-    return launch.kernel_sweep(parts, mode, work, grads, scale, dtype, update=update)
+    work = Work([], weights, groups, n_groups, ElasticNetPenalty((strength, strength)), "triton", layout=layout)
+    want = Want.TERMS if with_value else Want.NOTHING
+    return launch.kernel_sweep(parts, work, Request(mode, want, grads, scale, update))
 
 
 def launch_sizes(weights: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ import torch
 
 from bench.measure import internals
 from bench.measure.harness import Call, Harness, compared
-from bench.measure.internals import Mode, Scale
+from bench.measure.internals import Mode, Want
 from bench.measure.models import DTYPES, SHAPES, Shapes, from_shapes, n_weights
 from bench.report import results
 
@@ -58,10 +58,10 @@ def tune_settings(harness: Harness, shapes: Shapes, settings: Sequence[Settings]
 
     sweeps = {
         "value": one(Mode.VALUE),
-        "gradient": one(Mode.ACCUMULATE, grads=grads, with_value=False),
+        "gradient": one(Mode.ACCUMULATE, grads=grads, want=Want.NOTHING),
         "add_grad": one(Mode.ACCUMULATE, grads=grads),
         # With a learning rate of 0, so that weights stay what they are.
-        "prox": one(Mode.PROX, scale=Scale(0.0, 0.0), with_value=False),
+        "prox": one(Mode.PROX, scale=(0.0, 0.0), want=Want.NOTHING),
     }
     cases = {f"{i} {task}": (chosen, call) for i, chosen in enumerate(settings) for task, call in sweeps.items()}
     found = take_turns(harness, n_weights(shapes), cases, rounds)

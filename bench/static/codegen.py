@@ -23,7 +23,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 from triton.runtime.errors import PTXASError
 
-from bench.measure.internals import STEPS, UNSCALED, Mode, Scale, Strength, kernel_settings, launch_kernels
+from bench.measure.internals import STEPS, Mode, Scale, Strength, kernel_settings, launch_kernels
 from bench.report.results import FOLDER, table
 
 TABLE = FOLDER / "codegen.md"
@@ -117,7 +117,7 @@ def launches(variant: Variant, dtype: torch.dtype, target: GPUTarget) -> dict[st
     """The launches of one sweep in this variant, by the kernel's name."""
     weights = [torch.empty(kernel_settings()["BLOCK"], dtype=dtype) for _ in range(1 + variant.grouped)]
     strength = torch.ones(2, dtype=torch.float64) if variant.grouped else 1.0
-    scale = Scale(torch.ones(()), torch.ones(())) if variant.scaled else UNSCALED
+    scale = (torch.ones(()), torch.ones(())) if variant.scaled else None
     found = record(target, functools.partial(sweep_once, variant, weights, strength, scale))
     return {each.function.__name__: each for each in found}
 

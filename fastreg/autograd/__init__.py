@@ -1,5 +1,5 @@
 """The penalty as an autograd Function, and how its gradient reaches .grad."""
 
-from fastreg.autograd.function import penalty_of
+from fastreg.autograd.function import compute_penalty
 
-__all__ = ["penalty_of"]
+__all__ = ["compute_penalty"]

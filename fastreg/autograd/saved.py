@@ -32,9 +32,9 @@ class WeightState:
         """
         layout = self._layout
         changed = _facts(weights, layout) != self._facts
-        if layout is not None and not layout.holds(weights):
+        if layout is not None and not layout.guards_match(weights):
             # Not a change by itself: backward may run under autocast, or after a weight was frozen.
-            changed |= not layout.is_of(weights)
+            changed |= not layout.same_memory(weights)
             layout = None
         for i, shard, facts in self._shards:
             now = local_shard(weights[i])

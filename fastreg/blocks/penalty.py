@@ -11,7 +11,8 @@ from torch import Tensor
 from fastreg.blocks.plan import LANES, Block
 from fastreg.blocks.scratch import Memory
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
-from fastreg.core.types import Mode, Strength
+from fastreg.core.penalty import Strength
+from fastreg.core.types import Mode
 
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 _HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")

@@ -1,4 +1,4 @@
-"""The blocks in which the PyTorch path goes through the weights of a part, so that what it works on stays in cache."""
+"""Which pieces of weights the PyTorch path works on together, so that they stay in cache."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -40,8 +40,8 @@ def reserve() -> int:
     return CPU_BLOCK
 
 
-class Walk:
-    """The blocks of a part: pieces of weights of one strength group, as many as fit into a block."""
+class BlockPlan:
+    """The blocks of a part: pieces of segments of one strength group, as many as fit into a block."""
 
     def __init__(self, part: Part) -> None:
         size, small, alone, lanes = DEVICE_BLOCK, DEVICE_BLOCK, DEVICE_BLOCK, 1
@@ -51,23 +51,25 @@ class Walk:
             alone = min(CPU_BLOCK, CPU_ALONE) if sum(part.numels) > CPU_BLOCK else CPU_BLOCK
         is_computed_in_place = part.dtype == compute_dtype(part.dtype)
         self._positions = part.positions
+        pieces: list[list[tuple[int, int]]] = [[] for _ in part.positions]  # of each weight: elements and group
+        for weight, numel, group in zip(part.segments.weights, part.segments.numels, part.segments.groups, strict=True):
+            left, tail = numel % size, numel % lanes
+            # A piece that is changed where it is fills the vector units.
+            rest = [left - tail, tail] if is_computed_in_place and left - tail >= small else [left]
+            pieces[weight] += [(n, group) for n in [size] * (numel // size) + rest if n]
         # Weights that are cut, by their place among the part's, and their pieces' sizes. The pieces follow all weights.
         self._cuts: list[tuple[int, list[int]]] = []
         n_pieces = len(part.positions)
         blocks: list[Block] = []
         filled: dict[int, tuple[list[int], list[int], list[int]]] = {}
         free: dict[int, int] = {}
-        for place, (numel, group) in enumerate(zip(part.numels, part.groups, strict=True)):
-            left, tail = numel % size, numel % lanes
-            # A piece that is changed where it is fills the vector units.
-            rest = [left - tail, tail] if is_computed_in_place and left - tail >= small else [left]
-            sizes = [size] * (numel // size) + [n for n in rest if n]
+        for place, of_weight in enumerate(pieces):
             numbers = range(place, place + 1)
-            if len(sizes) > 1:
-                self._cuts.append((place, sizes))
-                numbers = range(n_pieces, n_pieces + len(sizes))
-                n_pieces += len(sizes)
-            for number, n in zip(numbers, sizes, strict=bool(sizes)):
+            if len(of_weight) > 1:
+                self._cuts.append((place, [n for n, _ in of_weight]))
+                numbers = range(n_pieces, n_pieces + len(of_weight))
+                n_pieces += len(of_weight)
+            for number, (n, group) in zip(numbers, of_weight, strict=bool(of_weight)):
                 is_in_place = is_computed_in_place and n >= small
                 if n >= alone:
                     one, none = (number,), ()
@@ -77,14 +79,14 @@ class Walk:
                     if group in filled:
                         blocks.append(Block(group, *map(tuple, filled[group])))
                     filled[group], free[group] = ([], [], []), size
-                pieces, in_place, packed = filled[group]
-                pieces.append(number)
+                of_block, in_place, packed = filled[group]
+                of_block.append(number)
                 (in_place if is_in_place else packed).append(number)
                 free[group] -= n
         self.blocks = (*blocks, *(Block(group, *map(tuple, lists)) for group, lists in filled.items()))
 
     def for_pieces(self, values: Sequence[T]) -> list[T]:
-        """What there is of each tensor, for each of the pieces."""
+        """The value of each piece, from those of the weights."""
         of_pieces = [values[i] for i in self._positions]
         for place, sizes in self._cuts:
             of_pieces += [of_pieces[place]] * len(sizes)

@@ -7,22 +7,24 @@ import torch
 from torch import Tensor
 
 from fastreg.blocks.penalty import BlockOps, Pieces, copy_pieces, shapes_of
-from fastreg.blocks.plan import LANES, Walk, reserve
+from fastreg.blocks.plan import LANES, BlockPlan, reserve
 from fastreg.blocks.scratch import Memory, Pack, give_back, take_memory
 from fastreg.core.dtypes import compute_dtype
 from fastreg.core.layout import Part
 from fastreg.core.torch_private import is_under_a_mode
-from fastreg.core.types import Grads, Mode, Settings, Update, Work
+from fastreg.core.types import Mode, Request, Settings, Work
 from fastreg.formulas.steps import take_steps, with_rounding
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def take_block_steps(parts: Sequence[Part], mode: Mode, work: Work, grads: Grads, update: Update) -> None:
+def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> None:
     """What `formulas.take_steps` does to the weights, states and counters of the parts of one device.
 
     Off the host, and with strengths beyond float32, it is done by those expressions.
     """
+    mode, grads, update = request.mode, request.grads, request.step
+    assert update is not None
     positions = [position for part in parts for position in part.positions]
     on_host = parts[0].device.type == "cpu"
     settings = [Settings(*[x.item() if isinstance(x, Tensor) else x for x in s]) for s in update.settings if on_host]
@@ -43,11 +45,11 @@ def take_block_steps(parts: Sequence[Part], mode: Mode, work: Work, grads: Grads
     memory = take_memory(parts[0].device, 0 if is_under_a_mode() else reserve())
     try:
         for part in parts:
-            walk = part.prepared(Walk)
-            pieces = [None if t is None else walk.pieces_of(t) for t in (work.weights, grads, *update.states)]
-            of_pieces = None if steps is None else walk.for_pieces(steps)
+            plan = part.prepared(BlockPlan)
+            pieces = [None if t is None else plan.pieces_of(t) for t in (work.weights, grads, *update.states)]
+            of_pieces = None if steps is None else plan.for_pieces(steps)
             ops = BlockSteps(part.dtype, mode, update.grad_scale, memory)
-            for block in walk.blocks:
+            for block in plan.blocks:
                 for numbers in [*((number,) for number in block.in_place), block.packed]:
                     if numbers:
                         own_steps = None if of_pieces is None else [of_pieces[i] for i in numbers]

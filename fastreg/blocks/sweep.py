@@ -2,6 +2,7 @@
 
 import array
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,107 +10,103 @@ import torch
 from torch import Tensor
 
 from fastreg.blocks.penalty import BlockOps
-from fastreg.blocks.plan import Walk, reserve
+from fastreg.blocks.plan import BlockPlan, reserve
 from fastreg.blocks.scratch import give_back, take_memory
 from fastreg.blocks.steps import take_block_steps
 from fastreg.core.dtypes import accumulate_dtype
 from fastreg.core.layout import Part
+from fastreg.core.penalty import Measure
 from fastreg.core.torch_private import is_under_a_mode
-from fastreg.core.types import Grads, Measure, Mode, Scale, Update, Work
-from fastreg.formulas.penalty import weighted_terms
+from fastreg.core.types import Mode, Request, Want, Work
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def block_sweep(
-    parts: Sequence[Part],
-    mode: Mode,
-    work: Work,
-    grads: Grads,
-    scale: Scale,
-    value_dtype: torch.dtype | None,
-    with_terms: bool = True,
-    update: Update | None = None,
-) -> Measure | None:
+def block_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure | None:
     """One sweep over the parts of one device.
 
-    Args:
-        work: with dense weights, and strengths on that device, as `scale`.
-        grads: with the strides of their weights.
-        value_dtype: of the value, or None where none is wanted.
-        with_terms: whether its two terms are wanted, too.
-        update: for the modes of optimizers, with states that have the strides of their weights.
+    The weights are dense, gradients and states have the strides of their weights, and strengths and scale are on the
+    device of the parts.
     """
-    if update is not None:
-        found = None
-        if value_dtype is not None:
-            found = block_sweep(parts, Mode.VALUE, work, None, scale, value_dtype, with_terms)
-        take_block_steps(parts, mode, work, grads, update)
-        return found
+    mode, want, penalty = request.mode, request.want, work.penalty
+    if request.step is not None:
+        measured = None
+        if want is not Want.NOTHING:
+            measured = block_sweep(parts, work, Request(Mode.VALUE, want))
+        take_block_steps(parts, work, request)
+        return measured
     device = parts[0].device
     on_host = device.type == "cpu"
-    # Modes must meet neither what is kept from call to call nor, in a value, floats in their tensors' place.
+    # Under a TorchDispatchMode, use no cached tensors and keep strengths as tensors.
     is_plain = on_host and not is_under_a_mode()
-    # Only host memory may be looked at: elsewhere the comparison would wait for the device.
+    scale = request.scale or (1.0,) * len(penalty.strengths)
+    # Only host memory can be read here: elsewhere the comparison would wait for the device.
     if mode is Mode.RESCALE and on_host and all(isinstance(s, Tensor) and s.item() == 1 for s in scale):
         return None
-    strengths: list[tuple[Any, Any]] = []
+    strengths: list[Sequence[Any]] = []
     scaled = strengths
     if on_host and (is_plain or mode is not Mode.VALUE):
         # Floats save a pass over every block, and in host memory there is nothing to wait for.
-        strengths = list(zip(*[_floats(strength, work.n_groups) for strength in work.strengths], strict=True))
+        if work.n_groups == 1 and set(map(type, penalty.strengths)) == {float}:
+            strengths = [penalty.strengths]
+        else:
+            strengths = list(zip(*[_floats(strength, work.n_groups) for strength in penalty.strengths], strict=True))
         if mode is not Mode.VALUE:
-            l1_scale, l2_scale = [s.item() if isinstance(s, Tensor) else s for s in scale]
-            scaled = [(l1 * l1_scale, l2 * l2_scale) for l1, l2 in strengths]
+            factors = [s.item() if isinstance(s, Tensor) else s for s in scale]
+            scaled = [tuple(map(operator.mul, own, factors)) for own in strengths]
     elif mode is not Mode.VALUE:
-        scaled = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
-    sums: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(work.n_groups)]
+        scaled = [penalty.of_group(group, scale).strengths for group in range(work.n_groups)]
+    sums: list[list[tuple[Tensor, ...]]] = [[] for _ in range(work.n_groups)]
     memory = take_memory(device, reserve() if is_plain else 0)
     try:
         for part in parts:
-            walk = part.prepared(Walk)
-            weights = walk.pieces_of(work.weights)
-            targets = weights if grads is None else walk.pieces_of(grads)
+            plan = part.prepared(BlockPlan)
+            weights = plan.pieces_of(work.weights)
+            targets = weights if request.grads is None else plan.pieces_of(request.grads)
             ops = memory.kept(part.dtype, BlockOps)
-            for block in walk.blocks:
-                if value_dtype is not None:
+            for block in plan.blocks:
+                if want is not Want.NOTHING:
                     sums[block.group].append(ops.sums(block, weights))
                 if mode is not Mode.VALUE:
                     ops.update(mode, block, weights, targets, *scaled[block.group])
     finally:
         give_back(memory)
-    if value_dtype is None:
+    if want is Want.NOTHING:
         return None
+    dtype: Any = work.layout.value_dtype if work.layout is not None else None
     if is_plain:
-        return _measure_on_host(sums, strengths, value_dtype, device, with_terms)
-    zeros = torch.zeros((1, 2), dtype=accumulate_dtype(device), device=device)
-    totals = [torch.stack([*zeros, *map(torch.stack, pairs)]).sum(0) for pairs in sums]
-    return weighted_terms(torch.stack(totals), work.strengths, value_dtype)
+        return _measure_on_host(sums, strengths, dtype, device, want)
+    n_sums = max([len(each[0]) for each in sums if each], default=len(penalty.strengths))
+    zeros = torch.zeros((1, n_sums), dtype=accumulate_dtype(device), device=device)
+    totals = [torch.stack([*zeros, *map(torch.stack, each)]).sum(0) for each in sums]
+    return penalty.weighted(torch.stack(totals), dtype)
 
 
 def _measure_on_host(
-    pairs: list[list[tuple[Tensor, Tensor]]],
-    strengths: list[tuple[float, float]],
+    sums: list[list[tuple[Tensor, ...]]],
+    strengths: Sequence[Sequence[float]],
     dtype: torch.dtype,
     device: torch.device,
-    with_terms: bool,
+    want: Want,
 ) -> Measure:
-    """`formulas.weighted_terms` in Python's float64: an operator call would take longer than its work."""
-    sums = array.array("d")
-    l1_term = l2_term = 0.0
-    for of_group, (l1, l2) in zip(pairs, strengths, strict=True):
-        abs_sum = square_sum = 0.0
-        for abs_tensor, square_tensor in of_group:
-            abs_sum, square_sum = abs_sum + abs_tensor.item(), square_sum + square_tensor.item()
-        l1_term, l2_term = l1_term + l1 * abs_sum, l2_term + l2 * square_sum
-        sums.extend((abs_sum, square_sum))
-    values = [l1_term + l2_term, l1_term, l2_term]
+    """`BasePenalty.weighted` in Python's float64: an operator call would take longer than its work."""
+    memory = array.array("d")
+    terms = [0.0] * len(strengths[0])
+    for of_group, own in zip(sums, strengths, strict=True):
+        totals = [0.0] * len(terms)
+        for of_block in of_group:
+            totals = list(map(operator.add, totals, map(Tensor.item, of_block)))
+        terms = list(map(operator.add, terms, map(operator.mul, own, totals)))
+        memory.extend(totals)
+    values = [sum(terms), *terms]
     if not values[0] <= _FLOAT32_MAX:
         # scalar_tensor refuses what overflows its dtype.
         most = torch.finfo(dtype).max
         values = [math.inf if x > most else x for x in values]
-    total, *terms = [torch.scalar_tensor(x, dtype=dtype, device=device) for x in values[: 3 if with_terms else 1]]
-    return Measure(total, (terms[0], terms[1]) if terms else None, sums)
+    if want is Want.TOTAL:
+        return Measure(torch.scalar_tensor(values[0], dtype=dtype, device=device), None, memory)
+    total, *of_terms = [torch.scalar_tensor(x, dtype=dtype, device=device) for x in values]
+    return Measure(total, tuple(of_terms), memory)
 
 
 def _floats(strength: Any, n_groups: int) -> list[float]:

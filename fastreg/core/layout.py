@@ -1,12 +1,12 @@
-"""What was learnt of the memory of a list of weights, and whether it still holds: the one cache of it.
+"""Cache of memory layouts: addresses, shapes and dtypes of a list of weights, and whether they are still valid.
 
-A layout holds addresses and sizes, never tensors, so that caching it keeps no model alive. A GPU waits for whatever
-Python asks of hundreds of tensors: each is asked for its address, and torch.compile's guards ask the rest, in C++.
+A layout holds addresses and sizes but no tensors, so the cache keeps no model alive. A GPU waits while Python inspects
+hundreds of tensors. So Python reads each tensor's address only, and torch.compile's guards compare the rest in C++.
 """
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ MOST_KEYS = 64
 MOST_PER_KEY = 4
 
 
+class Segments(NamedTuple):
+    """A whole weight or a part of it, one entry each per segment, in the order of weights and of their elements."""
+
+    weights: list[int]  # the place of the segment's weight among those of the part
+    starts: list[int]  # its first element
+    numels: list[int]
+    groups: list[int]  # its strength group, whose strengths it takes and to whose sums it adds
+
+
 class Part:
     """The weights of one dtype on one device; `positions` are their places in the caller's list."""
 
@@ -30,60 +39,79 @@ class Part:
         self.positions: list[int] = []
         self.addresses: list[int] = []
         self.numels: list[int] = []
-        self.groups: list[int] = []
+        self.segments = Segments([], [], [], [])
         self._prepared: dict[Hashable, Any] = {}
 
+    def add(self, position: int, address: int, numel: int, group: int | range) -> None:
+        """Add a weight; a range of groups cuts it into as many segments of equal size."""
+        groups = [group] if isinstance(group, int) else list(group)
+        size = numel // max(len(groups), 1)
+        if size * len(groups) != numel:
+            raise ValueError(f"{numel} elements cannot be cut into {len(groups)} segments of equal size")
+        weights, starts, numels, of_segments = self.segments
+        weights += [len(self.positions)] * len(groups)
+        starts += [i * size for i in range(len(groups))]
+        numels += [size] * len(groups)
+        of_segments += groups
+        self.positions.append(position)
+        self.addresses.append(address)
+        self.numels.append(numel)
+
     def prepared(self, make: Callable[["Part"], T]) -> T:
-        """`make(self)`, made once: what a backend needs beyond the layout, and keeps with it."""
-        found = self._prepared.get(make)
-        if found is None:
-            found = self._prepared.setdefault(make, make(self))  # of two threads, both take the first
-        return found  # type: ignore[no-any-return]
+        """Return `make(self)`, made once: what a backend needs beyond the layout, and keeps with it."""
+        kept = self._prepared.get(make)
+        if kept is None:
+            kept = self._prepared.setdefault(make, make(self))  # of two threads, both take the first
+        return kept  # type: ignore[no-any-return]
+
+
+class Notes:
+    """Results of earlier calls on the weights of a layout, valid while its guards match."""
+
+    def __init__(self) -> None:
+        # Whether hooks had to see the last gradient of these weights; None before the first one.
+        self.were_hooked: bool | None = None
+        # Whether the weights can be changed in place.
+        self.are_writable = False
+        self._guards: dict[int, Callable[..., bool]] = {}
+
+    def grads_match(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether gradients, then states of an optimizer, are like as many that were stored last.
+
+        They are then all present, in the weights' memory order, and free to be changed.
+        """
+        guards = self._guards.get(len(tensors))
+        return guards is not None and guards(*tensors)
+
+    def store_grads(self, tensors: Sequence[Tensor]) -> None:
+        """Accept such gradients and states at the next call: they can be written to as they are."""
+        self._guards[len(tensors)] = snapshot(tensors)
 
 
 class Layout:
     """Where the elements of dense weights lie: parts by device, in the order of the devices' first weights."""
 
-    def __init__(self, weights: Sequence[Tensor], groups: Sequence[int]) -> None:
+    def __init__(self, weights: Sequence[Tensor], groups: Sequence[int | range]) -> None:
         self.addresses = list(map(Tensor.data_ptr, weights))
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self.groups = list(groups)
         self.identity = _identity(weights, self.addresses)
-        # Whether hooks had to see the last gradient of these weights; None before there was one.
-        self.were_hooked: bool | None = None
-        # Whether the weights were found to be free to be changed in place, which what is compared covers.
-        self.may_be_written = False
-        self._is_like = snapshot(weights)
-        self._are_like: dict[int, Callable[..., bool]] = {}
+        self.notes = Notes()
+        self._guards = snapshot(weights)
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
         for position, (weight, address, group) in enumerate(zip(weights, self.addresses, groups, strict=True)):
             parts = by_device.setdefault(weight.device, {})
             part = parts.get(weight.dtype) or parts.setdefault(weight.dtype, Part(weight.dtype, weight.device))
-            part.positions.append(position)
-            part.addresses.append(address)
-            part.numels.append(weight.numel())
-            part.groups.append(group)
+            part.add(position, address, weight.numel(), group)
         self.parts = {device: list(parts.values()) for device, parts in by_device.items()}
 
-    def holds(self, weights: Sequence[Tensor]) -> bool:
+    def guards_match(self, weights: Sequence[Tensor]) -> bool:
         """Whether address, shape, strides, dtype, device, kind and requires_grad are still the same."""
-        return self._is_like(*weights) and list(map(Tensor.data_ptr, weights)) == self.addresses
+        return self._guards(*weights) and list(map(Tensor.data_ptr, weights)) == self.addresses
 
-    def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether this is their memory, dtype and shape, whatever else may have changed."""
+    def same_memory(self, weights: Sequence[Tensor]) -> bool:
+        """Whether address, dtype, device and shape are still the same, whatever else has changed."""
         return self.identity == _identity(weights, list(map(Tensor.data_ptr, weights)))
-
-    def accepts(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether gradients, and states of an optimizer after them, are like as many that were stored last.
-
-        That is, all present, in the weights' memory order, free to be changed.
-        """
-        are_like = self._are_like.get(len(tensors))
-        return are_like is not None and are_like(*tensors)
-
-    def remember(self, tensors: Sequence[Tensor]) -> None:
-        """Accepts such gradients and states at the next call: they may be written to as they are."""
-        self._are_like[len(tensors)] = snapshot(tensors)
 
 
 def _identity(weights: Sequence[Tensor], addresses: list[int]) -> list[Any]:
@@ -94,15 +122,15 @@ _LAYOUTS: dict[tuple[int, int], tuple[Layout, ...]] = {}
 _STORING = threading.Lock()
 
 
-def find_layout(weights: Sequence[Tensor], groups: list[int]) -> Layout | None:
+def find_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout | None:
     """The cached layout, or None if an address, shape, stride, dtype, device, kind or group changed."""
     for layout in _LAYOUTS.get((weights[0].data_ptr(), len(weights)), ()):
-        if layout.groups == groups and layout.holds(weights):
+        if layout.groups == groups and layout.guards_match(weights):
             return layout
     return None
 
 
-def store_layout(weights: Sequence[Tensor], groups: list[int]) -> Layout:
+def store_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout:
     """The layout of dense `weights`, cached for the next call."""
     layout = Layout(weights, groups)
     key = layout.addresses[0], len(layout.addresses)

@@ -31,25 +31,27 @@ class Measure(NamedTuple):
         return self.memory[:n_groups] if len(self.memory) > n_groups else self.memory
 
 
-class BasePenalty(tuple[Strength, ...], abc.ABC):
-    """A penalty is the tuple of its strengths, with what a sweep measures, forms and applies as methods.
+class BasePenalty(abc.ABC):
+    """A penalty: its strengths, and what a sweep measures, forms and applies.
 
     With one group each strength is a float or a 0-dim tensor; with more groups it is a tensor [n_groups] on the
     weights' device. The methods for weights are for a penalty of one group, as `of_group` returns it.
     """
 
-    __slots__ = ()
     NAMES: ClassVar[tuple[str, ...]]  # of the strengths and of their terms
     RESULT: ClassVar[Any]  # the NamedTuple that users get: the total, then a term for each strength
 
+    def __init__(self, strengths: Sequence[Strength]) -> None:
+        self.strengths = strengths
+
     def of_group(self, group: int, scale: Scale = None) -> Self:
-        """The strengths of one group, times `scale` in float64."""
-        factors = (1.0,) * len(self) if scale is None else scale
-        return type(self)([_product(s, group, f) for s, f in zip(self, factors, strict=True)])
+        """The penalty with the strengths of one group, times `scale` in float64."""
+        factors = (1.0,) * len(self.strengths) if scale is None else scale
+        return type(self)([_product(s, group, f) for s, f in zip(self.strengths, factors, strict=True)])
 
     def on(self, device: torch.device) -> Self:
-        """The same strengths, readable from `device`."""
-        return type(self)(moved(self, device) or ())
+        """The same penalty with strengths that are readable from `device`."""
+        return type(self)(moved(self.strengths, device) or ())
 
     def result(self, measured: Measure | None) -> Any:
         """The value as users see it, from a measure with terms."""

@@ -1,8 +1,9 @@
-"""l1 and l2 on their way to a sweep: checked, one per group, and scaled."""
+"""Strengths on their way to a sweep: checked, one per group, and constant on a device."""
 
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from fastreg.core.device_cache import DeviceCache, to_device
 from fastreg.core.dtensor import is_dtensor
 from fastreg.core.dtypes import accumulate_dtype
-from fastreg.core.types import Strength
+from fastreg.core.penalty import BasePenalty, Strength
+
+P = TypeVar("P", bound=BasePenalty)
 
 
 def check_strength(value: object, name: str) -> Strength:
@@ -42,10 +45,31 @@ def check_strength(value: object, name: str) -> Strength:
     return number
 
 
-def per_group(values: Sequence[Strength], device: torch.device, name: str) -> Strength:
-    """One strength per group in the form that `Strengths` holds; ValueError for a tensor that is not on `device`.
+def checked(penalty: type[P], *strengths: object) -> P:
+    """The penalty with these strengths; see `check_strength` for the errors."""
+    return penalty(tuple(map(check_strength, strengths, penalty.NAMES)))
 
-    That form depends on the number of groups only, never on the values: another form would compile kernels again.
+
+def penalty_of_groups(penalty: type[P], rows: Sequence[Sequence[Strength]], device: torch.device) -> P:
+    """The penalty with one row of strengths per group; ValueError for a tensor that is not on `device`."""
+    columns = zip(*rows, strict=True)
+    named = zip(penalty.NAMES, columns, strict=True)
+    return penalty([per_group(column, device, name) for name, column in named])
+
+
+def check_device(penalty: BasePenalty, device: torch.device) -> None:
+    """Raise ValueError for a strength that is a tensor and not on `device`."""
+    for name, value in zip(penalty.NAMES, penalty.strengths, strict=True):
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(
+                f"{name} is on {value.device} but the weights are on {device}; move it with .to({str(device)!r})"
+            )
+
+
+def per_group(values: Sequence[Strength], device: torch.device, name: str) -> Strength:
+    """One strength of all groups in the form that a penalty holds; ValueError for a tensor that is not on `device`.
+
+    The form depends on the number of groups only, never on the values: another form would compile kernels again.
     """
     for value in values:
         if isinstance(value, Tensor) and value.device != device:

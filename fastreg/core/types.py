@@ -1,16 +1,14 @@
-"""The types that all rooms share, and `Work`: what a sweep works on, the one value that every layer hands down."""
+"""What each layer hands to the next: `Work`, the weights and their penalty, and `Request`, what to do with them."""
 
-import array
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
-from fastreg.core.dtypes import accumulate_dtype, value_dtype
 from fastreg.core.layout import Layout
+from fastreg.core.penalty import BasePenalty, Scale
 
 
 class Mode(enum.Enum):
@@ -26,50 +24,6 @@ class Mode(enum.Enum):
     MOMENTUM = "momentum"  # with one
     ADAM = "adam"  # a step of Adam or AdamW
     AMSGRAD = "amsgrad"  # which also keeps the largest second moment
-
-
-Strength: TypeAlias = float | Tensor
-
-
-class Scale(NamedTuple):
-    """Factors on the strengths, floats or 0-dim tensors: upstream gradients, a loss scale, a learning rate."""
-
-    l1: Strength = 1.0
-    l2: Strength = 1.0
-
-    def on(self, device: torch.device) -> "Scale":
-        """The same scale, readable from `device`."""
-        return Scale(*(_moved(s, device) for s in self))
-
-
-UNSCALED = Scale()
-
-
-class Strengths(NamedTuple):
-    """With one group a float or a 0-dim tensor each; with more a tensor [n_groups] each, on the weights' device."""
-
-    l1: Strength
-    l2: Strength
-
-    def of_group(self, group: int, scale: Scale = UNSCALED) -> tuple[Strength, Strength]:
-        """The pair for one group, scaled in float64."""
-        return _product(self.l1, group, scale.l1), _product(self.l2, group, scale.l2)
-
-    def on(self, device: torch.device) -> "Strengths":
-        """The same strengths, readable from `device`."""
-        return Strengths(*(_moved(s, device) for s in self))
-
-
-def _moved(strength: Strength, device: torch.device) -> Strength:
-    return strength.to(device, non_blocking=True) if isinstance(strength, Tensor) else strength
-
-
-def _product(strength: Any, group: int, factor: Strength) -> Strength:
-    # The PyTorch path has the strengths of groups as a list of floats.
-    if isinstance(strength, list) or (isinstance(strength, Tensor) and strength.ndim):
-        strength = strength[group]
-    one, other = (f.to(accumulate_dtype(f.device)) if isinstance(f, Tensor) else f for f in (strength, factor))
-    return one * other
 
 
 class Settings(NamedTuple):
@@ -109,69 +63,67 @@ class Update(NamedTuple):
         return [t for state in self.states if state is not None for t in state]
 
 
-class Penalty(NamedTuple):
-    """A penalty and its parts: 0-dim tensors, float32 (float64 if any weight is), on the first weight's device.
+class Want(enum.IntEnum):
+    """Which value a sweep is to return; the terms include the total."""
 
-    `l1` and `l2` are the weighted terms, as they enter the loss: they sum to `total`.
-    """
-
-    total: Tensor
-    l1: Tensor
-    l2: Tensor
+    NOTHING = 0
+    TOTAL = 1
+    TERMS = 2
 
 
-class Measure(NamedTuple):
-    """The value that a sweep found."""
-
-    total: Tensor
-    terms: tuple[Tensor, Tensor] | None  # the weighted l1 and l2 terms; None where only the total was asked for
-    memory: "Tensor | array.array[float]"  # what `sums` are read from: float64, pairs, those of the groups first
-
-    @property
-    def penalty(self) -> Penalty:
-        """The value as users see it, of a measure with terms."""
-        assert self.terms is not None
-        return Penalty(self.total, *self.terms)
-
-    def sums(self, n_groups: int) -> Tensor:
-        """Σ|w| and Σw² of each strength group, float64 [n_groups, 2]."""
-        if not isinstance(self.memory, Tensor):
-            # The quickest way from floats to a tensor, which then owns their memory.
-            return torch.frombuffer(self.memory, dtype=torch.float64).view(-1, 2)
-        return self.memory[:n_groups] if len(self.memory) > n_groups else self.memory
+# The strength groups of weights. An int is the group of a whole weight. A range cuts a contiguous weight into as many
+# segments of equal size, such as its rows, each with a group of its own.
+Groups: TypeAlias = list[int | range]
 
 
-def together(one: Measure, other: Measure) -> Measure:
-    """The value of two lists of weights; not the sums."""
-    parts = zip(one.penalty, other.penalty, strict=True)
-    total, l1_term, l2_term = (a.double() + b.to(a.device) for a, b in parts)
-    dtype = value_dtype([one.total.dtype, other.total.dtype])
-    return Measure(total.to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), torch.empty(0))
+class Request(NamedTuple):
+    """What a sweep is to do."""
 
-
-Grads: TypeAlias = Sequence[Tensor] | None  # one for each weight
+    mode: Mode
+    want: Want = Want.TERMS  # of the value before anything is changed
+    # Tensors like the weights. GRADIENT writes them, RESCALE corrects them, ACCUMULATE adds to them, steps read them.
+    grads: Sequence[Tensor] | None = None
+    scale: Scale = None  # factors on the strengths, read on the device
+    step: Update | None = None  # for the modes of optimizers; its states and counters are updated as the weights are
+    are_checked: bool = False  # whether the layout has been found to match the gradients and states
 
 
 class Work(NamedTuple):
-    """Selected weights with their strengths; `names`, `weights` and `groups` have one entry per weight."""
+    """Selected weights with their penalty; `names`, `weights` and `groups` have one entry per weight."""
 
     names: Sequence[str]
     weights: Sequence[Tensor]
-    groups: list[int]  # the strength group of each weight
+    groups: Groups
     n_groups: int
-    strengths: Strengths
+    penalty: BasePenalty  # with strengths for `n_groups`
     impl: str | None  # "triton", "torch", or None for the best there is
     is_sharded: bool = False  # whether any weight is a DTensor
-    all_reduce: bool = True  # whether their value is to be that of all ranks
+    is_traced: bool = False  # whether a compiler or a torch.func transform has to see what is computed
+    all_reduce: bool = True  # whether the value of sharded weights is to be that of all ranks
     is_attached: bool = False  # whether an optimizer applies the same penalty at its steps
     are_leaves: bool | None = None  # whether all weights are leaves of the graph, if that is known
     layout: Layout | None = None  # of the weights, where this call has found that it still holds
 
     def subset(self, is_in: Sequence[bool]) -> "Work":
         """Some of the weights; the strength groups stay the same."""
+        if all(is_in):
+            return self
         names, weights = list(compress(self.names, is_in)), list(compress(self.weights, is_in))
         return self._replace(names=names, weights=weights, groups=list(compress(self.groups, is_in)), layout=None)
 
-    def regrouped(self, groups: list[int], n_groups: int, strengths: Strengths) -> "Work":
-        """The same weights in other strength groups, of which no layout is known: a layout has groups in it."""
-        return self._replace(groups=groups, n_groups=n_groups, strengths=strengths, layout=None)
+    def regrouped(self, keys: Sequence[Hashable]) -> "tuple[Work, list[tuple[int, Any]]]":
+        """The same weights in a strength group for each pair of their own group and a key, and these pairs.
+
+        The penalty stays as it was, for the caller to replace. No layout is known: a layout depends on the groups.
+        """
+        pairs: list[tuple[int, Any]] = []
+        number_of: dict[Any, int | range] = {}
+        groups: Groups = []
+        for group, key in zip(self.groups, keys, strict=True):
+            number = number_of.get((group, key))
+            if number is None:
+                first = len(pairs)
+                pairs += [(each, key) for each in ([group] if isinstance(group, int) else group)]
+                number = number_of[group, key] = first if isinstance(group, int) else range(first, len(pairs))
+            groups.append(number)
+        return self._replace(groups=groups, n_groups=len(pairs), layout=None), pairs

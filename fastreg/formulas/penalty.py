@@ -1,82 +1,118 @@
-"""The mathematics as plain PyTorch expressions: the reference that every other implementation is tested against.
+"""The elastic net as plain PyTorch expressions: the reference that every other implementation is tested against.
 
-`terms`, `gradient` and `prox` state the formulas of fastreg.functional, as `kernels/penalty.py` and
-`blocks/penalty.py` do for their own purposes. Autograd, compilers and transforms see through what is here.
+`kernels/penalty.py` and `blocks/penalty.py` state the same formulas. Autograd, compilers and transforms see through the
+expressions here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
-from fastreg.core.types import Measure, Mode, Scale, Strength, Strengths
+from fastreg.core.penalty import BasePenalty, Measure, Scale, Strength
+from fastreg.core.types import Mode
 
 
-def terms(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ|w| and Σw², both 0-dim, summed in float64."""
-    # Float64 from the element on: float32 squares overflow at 2e19, and so does what comes back through autograd.
-    wide = w.to(accumulate_dtype(w.device))
-    return wide.abs().sum(), wide.square().sum()
+class Penalty(NamedTuple):
+    """A penalty and its parts: 0-dim tensors, float32 (float64 if any weight is), on the first weight's device.
+
+    `l1` and `l2` are the weighted terms, as they enter the loss: they sum to `total`.
+    """
+
+    total: Tensor
+    l1: Tensor
+    l2: Tensor
 
 
-def gradient(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
-    """l1 * sign(w) + 2 * l2 * w, in float32 or better, rounded once to the dtype of `w`."""
-    wide = w.to(compute_dtype(w.dtype))
-    slope = 2 * l2
-    if not isinstance(slope, Tensor):
-        # full() also takes a float that a compiler holds as a symbol.
-        slope = torch.full((), slope, dtype=accumulate_dtype(w.device), device=w.device)
-    # An l1 beyond float32 is infinite there, and infinity times sign(0) would be NaN; one of 0 leaves no sign on zeros.
-    signed = torch.where(wide == 0, 0.0, wide.sign() * l1) + 0.0
-    return torch.addcmul(signed, wide, slope).to(w.dtype)
+class ElasticNetPenalty(BasePenalty):
+    """l1 * Σ|w| + l2 * Σw²."""
 
+    NAMES = ("l1", "l2")
+    RESULT = Penalty
 
-def prox(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
-    """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), rounded likewise, with one division for all elements."""
-    wide = w.to(compute_dtype(w.dtype))
-    magnitude = wide.abs()
-    shrunk = (magnitude - l1) * (1 / (1 + 2 * l2)) * wide.sign()
-    return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
+    def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ|w| and Σw², both 0-dim, summed in float64."""
+        # Float64 from the start: float32 squares overflow at 2e19, and so does backward through them.
+        wide = w.to(accumulate_dtype(w.device))
+        return wide.abs().sum(), wide.square().sum()
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """l1 * sign(w) + 2 * l2 * w, in float32 or better, rounded once to the dtype of `w`."""
+        l1, l2 = self.strengths
+        wide = w.to(compute_dtype(w.dtype))
+        slope = 2 * l2
+        if not isinstance(slope, Tensor):
+            # full() also takes a float that a compiler holds as a symbol.
+            slope = torch.full((), slope, dtype=accumulate_dtype(w.device), device=w.device)
+        # In float32 an l1 beyond its range is infinite, and infinity times sign(0) is NaN. Adding 0 turns -0 into +0.
+        signed = torch.where(wide == 0, 0.0, wide.sign() * l1) + 0.0
+        return torch.addcmul(signed, wide, slope).to(w.dtype)
+
+    def prox(self, w: Tensor) -> Tensor:
+        """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), rounded likewise, with one division for all elements."""
+        l1, l2 = self.strengths
+        wide = w.to(compute_dtype(w.dtype))
+        magnitude = wide.abs()
+        shrunk = (magnitude - l1) * (1 / (1 + 2 * l2)) * wide.sign()
+        return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
+
+    def weighted(self, sums: Tensor, dtype: torch.dtype) -> Measure:
+        """The terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
+        l1_term, l2_term = [(s * sums[:, i]).sum() for i, s in enumerate(self.strengths)]
+        return Measure((l1_term + l2_term).to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), sums)
 
 
 def gradient_derivatives(w: Tensor, l2: Strength, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`upstream` times the derivatives of `gradient` in w (like w), in l1 and in l2 (0-dim float64)."""
+    """`upstream` times the derivatives of the gradient in w (like w), in l1 and in l2 (0-dim float64)."""
     wide = upstream.double()
     return (upstream * (2 * l2)).to(w.dtype), (wide * w.sign()).sum(), (wide * (2 * w)).sum()
 
 
-def sums_of_groups(weights: Sequence[Tensor], groups: Sequence[int], n_groups: int) -> Tensor:
-    """The terms of each strength group, float64 [n_groups, 2], on the first weight's device."""
+def sums_of_groups(
+    weights: Sequence[Tensor], groups: Sequence[int | range], n_groups: int, penalty: BasePenalty
+) -> Tensor:
+    """What the penalty measures of each strength group, float64 [n_groups, n_sums], on the first weight's device."""
     device = weights[0].device
-    zero = torch.zeros((), dtype=accumulate_dtype(device), device=device)
-    sums = [[zero, zero] for _ in range(n_groups)]
+    of_groups: list[list[Tensor]] = [[] for _ in range(n_groups)]
     for w, group in zip(weights, groups, strict=True):
-        abs_sum, square_sum = terms(w)
-        sums[group] = [sums[group][0] + abs_sum.to(device), sums[group][1] + square_sum.to(device)]
-    return torch.stack([torch.stack(pair) for pair in sums])
+        for segment, number in segments_of(w, group):
+            of_groups[number].append(torch.stack(penalty.sums(segment)).to(device))
+    zeros = torch.zeros_like(next(each[0] for each in of_groups if each))
+    return torch.stack([sum(each, zeros) for each in of_groups])
 
 
-def update(
+def apply_penalty(
     mode: Mode,
     weights: Sequence[Tensor],
     grads: Sequence[Tensor] | None,
-    groups: Sequence[int],
-    strengths: Strengths,
+    groups: Sequence[int | range],
+    penalty: BasePenalty,
     scale: Scale,
 ) -> None:
-    """Does to `grads`, or in PROX to `weights`, what `mode` says."""
-    for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
-        l1, l2 = strengths.of_group(group, scale)
-        if mode is Mode.PROX:
-            w.copy_(prox(w, l1, l2))
-        elif mode is Mode.ACCUMULATE and grads is not None:
-            grads[i].add_(gradient(w, l1, l2))
-        elif mode is not Mode.VALUE and grads is not None:
-            grads[i].copy_(gradient(w, l1, l2))
+    """Do to `grads`, or in PROX to `weights`, what `mode` says."""
+    for w, grad, group in zip(weights, grads or weights, groups, strict=True):
+        targets = segments_of(w if mode is Mode.PROX else grad, group)
+        for (segment, number), (target, _) in zip(segments_of(w, group), targets, strict=True):
+            own = penalty.of_group(number, scale)
+            if mode is Mode.PROX:
+                target.copy_(own.prox(segment))
+            elif mode is Mode.ACCUMULATE:
+                target.add_(own.gradient(segment))
+            elif mode is not Mode.VALUE:
+                target.copy_(own.gradient(segment))
 
 
-def weighted_terms(sums: Tensor, strengths: Strengths, dtype: torch.dtype) -> Measure:
-    """The weighted terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
-    l1_term, l2_term = (strengths.l1 * sums[:, 0]).sum(), (strengths.l2 * sums[:, 1]).sum()
-    return Measure((l1_term + l2_term).to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), sums)
+def gradient_of_segments(w: Tensor, group: int | range, penalty: BasePenalty, scale: Scale) -> Tensor:
+    """The gradient of one weight, each segment by the strengths of its group."""
+    gradients = [penalty.of_group(number, scale).gradient(segment) for segment, number in segments_of(w, group)]
+    return gradients[0] if isinstance(group, int) else torch.stack(gradients).view_as(w)
+
+
+def segments_of(tensor: Tensor, group: int | range) -> Iterator[tuple[Tensor, int]]:
+    """The segments of a tensor, which is contiguous if there are several, and the group of each."""
+    if isinstance(group, int):
+        yield tensor, group
+    else:
+        yield from zip(tensor.view(len(group), -1), group, strict=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
 from fastreg.core.types import Mode, Settings, Update
-from fastreg.formulas.penalty import prox
+from fastreg.formulas.penalty import ElasticNetPenalty
 
 STEPS = (Mode.SGD, Mode.MOMENTUM, Mode.ADAM, Mode.AMSGRAD)
 
@@ -67,7 +67,7 @@ def _sgd(w: Tensor, grad: Tensor, buffer: Tensor | None, s: Settings) -> tuple[T
         buffer = s.first * buffer + (1 - s.second) * grad
         grad = grad + s.first * buffer if s.third else buffer
     w = w - s.lr * grad
-    return w if _has_no_prox(s) else prox(w, s.lr * s.prox_l1, s.lr * s.prox_l2), buffer
+    return w if _has_no_prox(s) else ElasticNetPenalty((s.lr * s.prox_l1, s.lr * s.prox_l2)).prox(w), buffer
 
 
 def _adam(
@@ -100,7 +100,8 @@ def _prox_of_adam(w: Tensor, square: Tensor, step: Tensor | float, s: Settings) 
         return w
     t = s.lr / _denominator(square, step, s)
     reach = s.lr * s.reach
-    moved = torch.minimum(torch.maximum(prox(w, t * s.prox_l1, t * s.prox_l2), w - reach), w + reach)
+    moved = ElasticNetPenalty((t * s.prox_l1, t * s.prox_l2)).prox(w)
+    moved = torch.minimum(torch.maximum(moved, w - reach), w + reach)
     return torch.where((square == 0) & (step == 1), w, moved)
 
 

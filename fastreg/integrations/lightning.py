@@ -4,8 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from fastreg.core.types import Penalty
-from fastreg.integrations.callback import AttachedPenalty
+from fastreg.formulas.penalty import Penalty
+from fastreg.integrations.callback import AttachedElasticNet
 
 try:
     from lightning.pytorch import Callback
@@ -18,7 +18,7 @@ except ModuleNotFoundError:
         ) from error
 
 
-class ElasticNetCallback(AttachedPenalty, Callback):
+class ElasticNetCallback(AttachedElasticNet, Callback):
     """Applies the penalty at every optimizer step of a Lightning `Trainer`, once whatever the accumulation.
 
         >>> trainer = Trainer(callbacks=[ElasticNetCallback(l1=1e-6, exclude=fastreg.bias_and_norm)])

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fastreg.integrations.callback import AttachedPenalty
+from fastreg.integrations.callback import AttachedElasticNet
 
 try:
     from transformers import TrainerCallback
@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-class ElasticNetCallback(AttachedPenalty, TrainerCallback):
+class ElasticNetCallback(AttachedElasticNet, TrainerCallback):
     """Applies the penalty at every optimizer step of a `transformers.Trainer`, once whatever the accumulation.
 
         >>> trainer = Trainer(model, args, callbacks=[ElasticNetCallback(l1=1e-6, exclude=fastreg.bias_and_norm)])

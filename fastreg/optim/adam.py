@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fastreg.core.checks import Impl
-from fastreg.core.strengths import per_group
-from fastreg.core.types import Mode, Settings, Strength, Strengths, Update, Work
+from fastreg.core.penalty import Strength
+from fastreg.core.strengths import penalty_of_groups
+from fastreg.core.types import Mode, Settings, Update, Work
 from fastreg.optim.base import Penalized, _lr, learning_rate, strengths_of
 
 
@@ -125,16 +126,14 @@ def adam_update(optimizer: Optimizer, work: Work, param_groups: Sequence[int]) -
         devices = [w.device for w in work.weights]
         steps = [torch.as_tensor(c, dtype=torch.float32, device=d) for c, d in zip(counts, devices, strict=True)]
         counts = [0.0] * len(counts)
-    keys = list(zip(work.groups, param_groups, counts, strict=True))
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    pairs = [work.strengths.of_group(group) for group, _, _ in numbers]
+    finer, keys = work.regrouped(list(zip(param_groups, counts, strict=True)))
+    rows = [work.penalty.of_group(group).strengths for group, _ in keys]
     settings = []
-    for (_, i, count), (l1, l2) in zip(numbers, pairs, strict=True):
+    for (_, (i, count)), (l1, l2) in zip(keys, rows, strict=True):
         group = optimizer.param_groups[i]
         beta1, beta2 = map(float, group["betas"])
         numbers_of_adam = {"second": beta2, "third": group["eps"], "step": count, "reach": adam_reach(beta1, beta2)}
         settings.append(Settings(_lr(group, i), prox_l1=l1, prox_l2=l2, **numbers_of_adam))
-    device = work.weights[0].device
-    strengths = Strengths(*(per_group(column, device, "strength") for column in zip(*pairs, strict=True)))
-    finer = work.regrouped([numbers[key] for key in keys], len(numbers), strengths)
-    return finer, Update(settings, (None, squares, None), steps, found_inf=getattr(optimizer, "found_inf", None))
+    penalty = penalty_of_groups(type(work.penalty), rows, work.weights[0].device)
+    step = Update(settings, (None, squares, None), steps, found_inf=getattr(optimizer, "found_inf", None))
+    return finer._replace(penalty=penalty), step

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fastreg.core.checks import warn_user
-from fastreg.core.types import UNSCALED, Measure, Scale, Work, together
+from fastreg.core.penalty import add_results
+from fastreg.core.types import Mode, Request, Work
 from fastreg.optim.adam import adam_update
 from fastreg.optim.base import Penalized
 from fastreg.optim.step_size import check_metric, is_elementwise, step_sizes
-from fastreg.sweep.dispatch import measure
+from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.gradient import add_gradient
-from fastreg.sweep.prox import apply_adam_prox, apply_prox
+from fastreg.sweep.prox import apply_elementwise_prox, apply_prox_of_groups
 
 # By optimizer, to notice two penalties on the same weights.
 _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
@@ -36,7 +37,7 @@ class Attachment:
         mode: str,
         metric: str | None,
         current: Callable[[], Work],  # the work at this moment
-        publish: Callable[[Measure | None], None],  # gets what each step measured
+        publish: Callable[[Any], None],  # gets the value at each step
     ) -> None:
         # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
@@ -69,7 +70,8 @@ class Attachment:
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.
             scale = getattr(optimizer, "grad_scale", None)
             with torch.no_grad():
-                publish(add_gradient(work, scale=UNSCALED if scale is None else Scale(scale, scale)))
+                factors = None if scale is None else (scale,) * len(work.penalty.strengths)
+                publish(work.penalty.result(add_gradient(work, scale=factors)))
 
         def add_before(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
             if _is_inner_step(optimizer):
@@ -159,22 +161,29 @@ def _is_inner_step(optimizer: Optimizer) -> bool:
     return False
 
 
-def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Measure | None:
-    """The proximal step of the weights, whose param groups are `groups`, and the penalty before it."""
-    if metric == "lr":
-        return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
-    # The optimizer made no step of what has no gradient, or no state yet. Its value counts all the same.
-    is_adam = is_elementwise(optimizer, metric)
-    stepped = [w.grad is not None and (not is_adam or bool(optimizer.state.get(w))) for w in work.weights]
+def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Any:
+    """Shrink the weights, which are in the param groups `groups`, and return the value before it."""
+    is_by_element = is_elementwise(optimizer, metric)
+    stepped = [True] * len(groups)
+    if metric != "lr":
+        # The optimizer made no step of weights without a gradient, or without a state yet. They count in the value.
+        stepped = [w.grad is not None and (not is_by_element or bool(optimizer.state.get(w))) for w in work.weights]
+    results = []
     if not all(stepped):
-        resting = measure(work.subset([not s for s in stepped]))
-        if not any(stepped):
-            return resting
-        moving = _shrink(optimizer, work.subset(stepped), list(compress(groups, stepped)), metric)
-        return moving if resting is None or moving is None else together(resting, moving)
-    if not is_adam:
-        return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
-    return apply_adam_prox(*adam_update(optimizer, work, groups))
+        results.append(_value(work.subset([not s for s in stepped])))
+    if any(stepped):
+        moving, own_groups = work.subset(stepped), list(compress(groups, stepped))
+        if is_by_element:
+            finer, step = adam_update(optimizer, moving, own_groups)
+            results.append(work.penalty.result(apply_elementwise_prox(finer, step)))
+        else:
+            measured = apply_prox_of_groups(moving, step_sizes(optimizer, metric), own_groups)
+            results.append(work.penalty.result(measured))
+    return add_results(results)
+
+
+def _value(work: Work) -> Any:
+    return work.penalty.result(sweep(work, Request(Mode.VALUE)))
 
 
 def check_mode(mode: str, metric: str | None) -> None:

@@ -10,10 +10,13 @@ from torch.optim import Optimizer
 
 from fastreg.core.checks import Impl, check_impl, check_kinds, warn_user
 from fastreg.core.dtensor import any_dtensor
-from fastreg.core.strengths import check_strength, per_group
-from fastreg.core.types import Mode, Penalty, Settings, Strength, Strengths, Update, Work
+from fastreg.core.penalty import Strength, add_results
+from fastreg.core.strengths import check_strength, checked, penalty_of_groups
+from fastreg.core.types import Mode, Request, Settings, Update, Want, Work
+from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.params import check_keys
-from fastreg.sweep.steps import StepWork, apply_steps
+from fastreg.sweep.dispatch import is_traced_now
+from fastreg.sweep.steps import apply_steps
 
 
 class Kind(NamedTuple):
@@ -24,7 +27,7 @@ class Kind(NamedTuple):
     params: list[Tensor]
     states: list[dict[str, Any]]
     rows: list[tuple[int, bool]]  # of each strength group: the param group, and whether it is a first step
-    row_of: list[int]  # of each parameter: its strength group
+    row_of: list[int | range]  # of each parameter: its strength group
     is_sharded: bool
 
 
@@ -123,7 +126,7 @@ class Penalized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         works, new_states = self._works()
-        found = apply_steps(works, with_value=self._track) if works else []
+        measured = apply_steps(works)
         if new_states:
             # States of a step that was not made, because of infinite gradients, are no states. Once, this waits.
             found_inf = getattr(self, "found_inf", None)
@@ -131,15 +134,12 @@ class Penalized(Optimizer):
                 for p, state in new_states:
                     self.state[p] = state
         if self._track:
-            penalties = [each.penalty for each in found if each is not None]
-            if penalties:
-                columns = [[x.to(penalties[0].total.device) for x in column] for column in zip(*penalties, strict=True)]
-                self._tracked[0] = Penalty(
-                    *(column[0] if len(column) == 1 else torch.stack(column).sum() for column in columns)
-                )
+            results = [work.penalty.result(each) for (work, _), each in zip(works, measured, strict=True)]
+            if results:
+                self._tracked[0] = add_results(results)
         return loss
 
-    def _works(self) -> tuple[list[StepWork], list[tuple[Tensor, dict[str, Any]]]]:
+    def _works(self) -> tuple[list[tuple[Work, Request]], list[tuple[Tensor, dict[str, Any]]]]:
         """The steps to make, and the states of parameters that make their first."""
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -192,21 +192,21 @@ class Penalized(Optimizer):
             kind.row_of.append(kind.rows.index(row))
         return list(kinds.values()), new_states
 
-    def _work_of(self, kind: Kind, grads: list[Any]) -> StepWork:
+    def _work_of(self, kind: Kind, grads: list[Any]) -> tuple[Work, Request]:
         groups = [self.param_groups[i] for i, _ in kind.rows]
         settings = [self._settings(group, i, is_first) for group, (i, is_first) in zip(groups, kind.rows, strict=True)]
-        strengths = Strengths(0.0, 0.0)
+        penalty = ElasticNetPenalty((0.0, 0.0))
         if self._track:
-            l1, l2 = ([check_strength(group[name], name) for group in groups] for name in ("l1", "l2"))
-            device = kind.params[0].device
-            strengths = Strengths(per_group(l1, device, "l1"), per_group(l2, device, "l2"))
-        n, impl = len(groups), self._impl
-        work = Work(kind.names, kind.params, kind.row_of, n, strengths, impl, kind.is_sharded)
+            rows = [checked(ElasticNetPenalty, group["l1"], group["l2"]).strengths for group in groups]
+            penalty = penalty_of_groups(ElasticNetPenalty, rows, kind.params[0].device)
+        n, impl, is_traced = len(groups), self._impl, is_traced_now()
+        work = Work(kind.names, kind.params, kind.row_of, n, penalty, impl, kind.is_sharded, is_traced)
         of_names = {name: [state[name] for state in kind.states] for name in self._state_names(kind.mode)}
         steps = of_names.pop("step", None)
         first, second, third = (*of_names.values(), None, None, None)[:3]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return StepWork(work, kind.mode, grads, Update(settings, (first, second, third), steps, scale, found_inf))
+        step = Update(settings, (first, second, third), steps, scale, found_inf)
+        return work, Request(kind.mode, Want.TERMS if self._track else Want.NOTHING, grads, step=step)
 
     def _state_of(self, p: Tensor, mode: Mode) -> dict[str, Any]:
         """The state of `p` if it has all that the mode needs, else a new one, with zeros as torch.optim begins."""

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fastreg.core.checks import Impl
-from fastreg.core.types import Mode, Settings, Strength
+from fastreg.core.penalty import Strength
+from fastreg.core.types import Mode, Settings
 from fastreg.optim.base import Penalized, learning_rate, strengths_of
 
 

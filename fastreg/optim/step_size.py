@@ -10,7 +10,7 @@ import torch
 from torch.optim import SGD, Adam, Optimizer
 
 from fastreg.core.dtypes import accumulate_dtype
-from fastreg.core.types import Strength
+from fastreg.core.penalty import Strength
 from fastreg.optim.base import Penalized, _lr
 from fastreg.optim.sgd import momentum_factor
 

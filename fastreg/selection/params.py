@@ -2,15 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from fastreg.core.penalty import Strength
 from fastreg.core.strengths import check_strength
-from fastreg.core.types import Strength
 
-# What may be penalised: a module, a tensor, tensors with or without names, or groups as optimizers take them.
+# What can be penalized: a module, a tensor, tensors with or without names, or groups as optimizers take them.
 Params: TypeAlias = (
     nn.Module
     | Tensor
@@ -19,7 +19,7 @@ Params: TypeAlias = (
     | Mapping[str, Any]
     | Iterable[Mapping[str, Any]]
 )
-OwnStrengths = tuple[Strength | None, Strength | None]  # a group's l1 and l2; None is the call's
+OwnStrengths: TypeAlias = tuple[Strength | None, ...]  # of a group, in the order of their names; None is the call's
 
 
 class Candidate(NamedTuple):
@@ -39,12 +39,12 @@ def copied(params: Any) -> Any:
     return [copied(item) if isinstance(item, (Mapping, Iterator)) else item for item in params]
 
 
-def collect(params: Any) -> tuple[list[Candidate], list[OwnStrengths], list[nn.Module]]:
-    """The tensors in `params`, each group's own strengths, and the modules whose parameters they are.
+def collect(params: Any, names: Sequence[str]) -> tuple[list[Candidate], list[OwnStrengths], list[nn.Module]]:
+    """The tensors in `params`, each group's own strengths called `names`, and the modules that own the parameters.
 
-    Raises ValueError or TypeError, with the place, for what `params` cannot be.
+    Raise ValueError or TypeError, with the place in `params`, for anything that cannot be penalized.
     """
-    if isinstance(params, Mapping) and _is_group(params):
+    if isinstance(params, Mapping) and _is_group(params, names):
         params = [params]
     if not isinstance(params, (nn.Module, Tensor, Mapping)):
         if isinstance(params, str) or not isinstance(params, Iterable):
@@ -63,8 +63,9 @@ def collect(params: Any) -> tuple[list[Candidate], list[OwnStrengths], list[nn.M
         where = "" if groups is None else f"groups[{index}]."
         if groups is not None:
             check_keys(group, index)
-        l1, l2 = (None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in ("l1", "l2"))
-        strengths.append((l1, l2))
+        strengths.append(
+            tuple([None if group.get(k) is None else check_strength(group[k], f"{where}{k}") for k in names])
+        )
         if isinstance(group["params"], nn.Module):
             modules.extend(list(group["params"].modules()))
         for name, tensor in _named(group["params"], where, group.get("param_names")):
@@ -77,10 +78,10 @@ def collect(params: Any) -> tuple[list[Candidate], list[OwnStrengths], list[nn.M
     return list(seen.values()), strengths, modules
 
 
-def _is_group(params: Mapping[Any, Any]) -> bool:
+def _is_group(params: Mapping[Any, Any], names: Sequence[str]) -> bool:
     """Whether this is a group dict, and not a mapping of named tensors, one of which may be called params."""
     if "params" in params:
-        return not any(isinstance(v, nn.Parameter) for k, v in params.items() if k not in ("params", "l1", "l2"))
+        return not any(isinstance(v, nn.Parameter) for k, v in params.items() if k not in ("params", *names))
     return not all(isinstance(value, Tensor) for value in params.values())
 
 

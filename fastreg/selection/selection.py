@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fastreg.core.checks import Impl, check_impl, check_kinds, check_reduce
 from fastreg.core.dtensor import any_dtensor
 from fastreg.core.layout import Layout, find_layout
-from fastreg.core.strengths import check_strength, per_group
+from fastreg.core.penalty import BasePenalty
+from fastreg.core.strengths import check_device, penalty_of_groups
 from fastreg.core.torch_private import is_transformed
-from fastreg.core.types import Strength, Strengths, Work
+from fastreg.core.types import Groups, Work
 from fastreg.selection.candidates import HeldCandidates, remembered_candidates
 from fastreg.selection.filters import Filter, bias_and_norm, filtered
 from fastreg.selection.fsdp import check_fsdp
@@ -24,9 +25,9 @@ from fastreg.selection.params import Candidate, OwnStrengths, collect
 class Selection:
     """Which of the tensors in `params` count, with their names and the strengths of their groups."""
 
-    def __init__(self, params: Any, include: Filter, exclude: Filter) -> None:
-        found, own_strengths, self._modules = collect(params)
-        chosen = filtered(found, _trainable(found), include, exclude, self._modules)
+    def __init__(self, params: Any, penalty: type[BasePenalty], include: Filter, exclude: Filter) -> None:
+        candidates, own_strengths, self._modules = collect(params, penalty.NAMES)
+        chosen = filtered(candidates, _trainable(candidates), include, exclude, self._modules)
         self.names = [c.name for c in chosen]
         weights = [c.tensor for c in chosen]
         check_kinds(self.names, weights)
@@ -35,16 +36,17 @@ class Selection:
         # make another number of groups.
         keys = [c.group if any(s is not None for s in own_strengths[c.group]) else None for c in chosen]
         index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        self.groups = [index_of[key] for key in keys]
-        self._own_strengths: list[OwnStrengths] = [
-            (None, None) if key is None else own_strengths[key] for key in index_of
+        self.groups: Groups = [index_of[key] for key in keys]
+        # None for the group of those that bring none.
+        self._own_strengths: list[OwnStrengths | None] = [
+            None if key is None else own_strengths[key] for key in index_of
         ]
-        tensors = [c.tensor for c in found]
+        tensors = [c.tensor for c in candidates]
         self.candidates: Any = HeldCandidates(tensors, self._modules)
         chosen_tensors = set(weights)  # by identity, as tensors are hashed
         self._is_chosen = [each in chosen_tensors for each in tensors]
         self._all_chosen = all(self._is_chosen)
-        self._kinds_of_all = _kinds(tensors)
+        self._traits_of_all = _traits(tensors)
         self._are_leaves: bool | None = all([w.is_leaf for w in weights])
         self._is_sharded = any_dtensor(weights)
         # Of the last call's weights. Threads may call in different modes; each finds a layout of the same memory.
@@ -76,49 +78,52 @@ class Selection:
         if tensors is None:
             return None
         if is_traced:
-            return tensors if _kinds(tensors) == self._kinds_of_all else None
+            return tensors if _traits(tensors) == self._traits_of_all else None
         weights = self._chosen(tensors)
-        if self.layout is not None and self.layout.holds(weights):
+        if self.layout is not None and self.layout.guards_match(weights):
             # Which answers for the weights; there may be others.
-            same = self._all_chosen or _kinds(tensors) == self._kinds_of_all
+            same = self._all_chosen or _traits(tensors) == self._traits_of_all
         else:
-            same = _kinds(tensors) == self._kinds_of_all
+            same = _traits(tensors) == self._traits_of_all
             self.layout = find_layout(weights, self.groups) if same and not self._is_sharded else None
         return tensors if same else None
 
-    def work_can_be_kept(self, l1: Strength, l2: Strength) -> bool:
-        """Whether `work` may be kept: its strengths are then not new tensors made of those that were passed."""
-        strengths = [l1, l2, *chain.from_iterable(self._own_strengths)]
+    def work_can_be_kept(self, penalty: BasePenalty) -> bool:
+        """Whether `work` can be kept: its strengths are then not new tensors made from those that were passed."""
+        strengths = chain(penalty.strengths, *filter(None, self._own_strengths))  # type: ignore[arg-type]
         return len(self._own_strengths) == 1 or not any(isinstance(s, torch.Tensor) for s in strengths)
 
     def work(
         self,
         tensors: Sequence[Tensor],
-        l1: Strength,
-        l2: Strength,
+        penalty: BasePenalty,
         impl: str | None,
         all_reduce: bool = True,
         *,
         is_traced: bool = False,
     ) -> Work:
-        """The weights among the candidates with their groups' own strengths, or `l1` and `l2` where one has none."""
+        """The weights among the candidates. Groups without strengths of their own take those of `penalty`."""
         weights = self._chosen(tensors)
         n_groups, device = len(self._own_strengths), weights[0].device
-        strengths = Strengths(
-            per_group([l1 if own is None else own for own, _ in self._own_strengths], device, "l1"),
-            per_group([l2 if own is None else own for _, own in self._own_strengths], device, "l2"),
-        )
+        if self._own_strengths == [None]:
+            check_device(penalty, device)
+        else:
+            rows = [
+                [p if s is None else s for p, s in zip(penalty.strengths, own or penalty.strengths, strict=True)]
+                for own in self._own_strengths
+            ]
+            penalty = penalty_of_groups(type(penalty), rows, device)
         is_attached, layout = False, None if is_traced else self.layout
         return Work(
-            self.names, weights, self.groups, n_groups, strengths, impl,
-            self._is_sharded, all_reduce, is_attached, self._are_leaves, layout,
+            self.names, weights, self.groups, n_groups, penalty, impl,
+            self._is_sharded, is_traced, all_reduce, is_attached, self._are_leaves, layout,
         )  # fmt: skip
 
     def _chosen(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors if self._all_chosen else list(compress(tensors, self._is_chosen))
 
 
-def _kinds(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type], list[int]]:
+def _traits(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type], list[int]]:
     # The dimensions are what `bias_and_norm` goes by.
     return [t.requires_grad for t in tensors], list(map(type, tensors)), [t.ndim for t in tensors]
 
@@ -130,37 +135,36 @@ _REMEMBERING = threading.Lock()
 
 
 def select(
-    params: Any, l1: Strength, l2: Strength, include: Filter, exclude: Filter, impl: Impl, all_reduce: bool = True
+    params: Any, penalty: BasePenalty, include: Filter, exclude: Filter, impl: Impl, all_reduce: bool = True
 ) -> Work:
-    """The work of a single call, with every argument checked."""
+    """The work of a single call, with every argument checked; the strengths have been checked."""
     check_impl(impl)
     check_reduce(all_reduce)
-    l1, l2 = check_strength(l1, "l1"), check_strength(l2, "l2")
     if torch.compiler.is_compiling() or is_transformed():
-        selection = Selection(params, include, exclude)
-        return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce, is_traced=True)
+        selection = Selection(params, type(penalty), include, exclude)
+        return selection.work(selection.candidates.tensors, penalty, impl, all_reduce, is_traced=True)
     if not isinstance(params, (nn.Module, list)) and isinstance(params, Iterator):
         params = list(params)
     # With other filters all would have to be compared that they may go by: names, classes, what a callable looks at.
     key: Hashable = None
     if include is None and (exclude is None or exclude is bias_and_norm):
         if isinstance(params, nn.Module):
-            key = id(params), exclude
+            key = type(penalty), exclude, id(params)
         elif isinstance(params, (list, tuple)):
-            key = tuple(map(id, params)), exclude
+            key = type(penalty), exclude, *map(id, params)
     remembered = None if key is None else _REMEMBERED.get(key)
     if remembered is not None:
         tensors = remembered.current(params, is_traced=False)
         if tensors is not None:
-            return remembered.work(tensors, l1, l2, impl, all_reduce)
-    selection = Selection(params, include, exclude)
+            return remembered.work(tensors, penalty, impl, all_reduce)
+    selection = Selection(params, type(penalty), include, exclude)
     to_remember = None if key is None else selection.remembered(params)
     if to_remember is not None:
         with _REMEMBERING:
             while len(_REMEMBERED) >= MOST_REMEMBERED and key not in _REMEMBERED:
                 del _REMEMBERED[next(iter(_REMEMBERED))]
             _REMEMBERED[key] = to_remember
-    return selection.work(selection.candidates.tensors, l1, l2, impl, all_reduce)
+    return selection.work(selection.candidates.tensors, penalty, impl, all_reduce)
 
 
 def _trainable(candidates: list[Candidate]) -> list[bool]:

@@ -1,23 +1,18 @@
-"""Every sweep starts here: which of three functions makes it, and checks of memory before the first write."""
+"""Every sweep starts here: one of three functions makes it, and memory is checked before the first write."""
 
-from fastreg.sweep.dispatch import measure, sweep_for
+from fastreg.sweep.dispatch import is_traced_now, sweep
 from fastreg.sweep.gradient import add_gradient
-from fastreg.sweep.local import local_sweep
-from fastreg.sweep.prox import apply_adam_prox, apply_prox
-from fastreg.sweep.sharded import Ownership, sharded_sweep
-from fastreg.sweep.steps import StepWork, apply_steps
-from fastreg.sweep.traced import traced_sweep
+from fastreg.sweep.prox import apply_elementwise_prox, apply_prox, apply_prox_of_groups
+from fastreg.sweep.sharded import Ownership
+from fastreg.sweep.steps import apply_steps
 
 __all__ = [
     "Ownership",
-    "StepWork",
     "add_gradient",
-    "apply_adam_prox",
+    "apply_elementwise_prox",
     "apply_prox",
+    "apply_prox_of_groups",
     "apply_steps",
-    "local_sweep",
-    "measure",
-    "sharded_sweep",
-    "sweep_for",
-    "traced_sweep",
+    "is_traced_now",
+    "sweep",
 ]

@@ -1,6 +1,5 @@
 """The gradient into .grad, in memory that is checked before the first write."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,45 +7,40 @@ from torch import Tensor
 
 from fastreg.core.dtensor import as_dtensors, as_placed, is_dtensor, local_shard
 from fastreg.core.layout import is_dense
-from fastreg.core.types import UNSCALED, Measure, Mode, Scale, Work
-from fastreg.sweep.dispatch import sweep_for
+from fastreg.core.penalty import Measure, Scale
+from fastreg.core.types import Mode, Request, Want, Work
+from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.inplace import check_writable, mark_changed
 from fastreg.sweep.local import local_sweep
 
 
 def add_gradient(
-    work: Work,
-    *,
-    scale: Scale = UNSCALED,
-    with_value: bool = True,
-    any_dtype: bool = False,
-    run: Callable[..., Measure | None] | None = None,
+    work: Work, want: Want = Want.TERMS, scale: Scale = None, *, any_dtype: bool = False
 ) -> Measure | None:
-    """Adds the penalty's gradient to .grad, which is created where it is None, in one sweep.
+    """Add the penalty's gradient to .grad, which is created where it is None, in one sweep.
 
-    Raises TypeError, ValueError or RuntimeError, before anything is written, for a .grad of another dtype, device or
+    Raise TypeError, ValueError or RuntimeError, before anything is written, for a .grad of another dtype, device or
     shape than its weight, or that cannot be changed in place. With `any_dtype` a .grad may have another dtype, as
-    `Tensor.grad_dtype` allows. `run` is the function that sweeps, where the caller has chosen it.
+    `Tensor.grad_dtype` allows.
     """
-    run = run or sweep_for(work)
     grads: list[Any] = [w.grad for w in work.weights]
-    if run is local_sweep and work.layout is not None and work.layout.accepts(grads):
-        found = local_sweep(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value, is_accepted=True)
+    if work.layout is not None and work.layout.notes.grads_match(grads):
+        measured = local_sweep(work, Request(Mode.ACCUMULATE, want, grads, scale, None, True))
         torch.autograd.graph.increment_version(grads)
-        return found
+        return measured
     if any_dtype:
         grads = [None if _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
     elif not torch.compiler.is_compiling():  # compilers cannot be asked for a weight's grad_dtype
         _check_first_gradients(work)
     grads = list(map(_usable_gradient, work.weights, grads, work.names))
-    found = run(work, Mode.ACCUMULATE, scale=scale, grads=grads, with_value=with_value)
+    measured = sweep(work, Request(Mode.ACCUMULATE, want, grads, scale))
     for w, grad in zip(work.weights, grads, strict=True):
         if any_dtype and w.grad is not grad:
             _store_gradient(w, grad)
         elif w.grad is not grad:
             w.grad = grad
     mark_changed(work, grads)
-    return found
+    return measured
 
 
 def _usable_gradient(weight: Tensor, grad: Tensor | None, name: str) -> Tensor:

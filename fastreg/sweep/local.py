@@ -13,80 +13,88 @@ from torch import Tensor
 from fastreg.blocks.sweep import block_sweep
 from fastreg.core.checks import check_kinds
 from fastreg.core.layout import find_layout, is_dense, store_layout
-from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Update, Work
-from fastreg.formulas.penalty import weighted_terms
+from fastreg.core.penalty import Measure, moved
+from fastreg.core.types import Mode, Request, Want, Work
 
 
-def local_sweep(
-    work: Work,
-    mode: Mode,
-    *,
-    scale: Scale = UNSCALED,
-    grads: Grads = None,
-    with_value: bool = True,
-    with_terms: bool = True,
-    is_accepted: bool = False,
-    update: Update | None = None,
-) -> Measure | None:
-    """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
+def local_sweep(work: Work, request: Request) -> Measure | None:
+    """Sweep over `work.weights`, which are plain tensors of any strides. To be called under no_grad.
 
-    Args:
-        mode: what to do besides reading; the gradient modes write or update `grads`.
-        scale: factors on the strengths, read on the device.
-        grads: one tensor of the weight's shape, dtype and device for each weight.
-        is_accepted: whether `work.layout` is there and accepts `grads`, as the caller has found.
-        update: what the modes of optimizers need besides; its states and counters are updated as the weights are.
-
-    Returns the value, if asked for with or without its terms: in PROX that of the weights before the step. Raises
-    TypeError for a weight that changed its kind since it was selected, and RuntimeError for impl="triton" where it
-    cannot run.
+    Raise TypeError for a weight that changed its kind since it was selected, and RuntimeError for impl="triton" where
+    it cannot run.
     """
-    dense, staged = work, grads
-    layout = work.layout or find_layout(work.weights, work.groups)
-    if layout is None:
-        check_kinds(work.names, work.weights)
-        copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
-        weights = [w if is_dense(w) and not _is_lazy(w) else copy(w) for w in work.weights]
-        copied = any(map(operator.is_not, weights, work.weights))
-        dense = work._replace(weights=weights) if copied else work
-        layout = (find_layout(weights, work.groups) if copied else None) or store_layout(weights, work.groups)
-    beside = [] if is_accepted else [*(grads or ()), *(() if update is None else update.tensors())]
-    staged_update = update
-    if beside and not layout.accepts(beside):
-        is_read = mode not in (Mode.GRADIENT, Mode.VALUE)
-
-        def stage(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-            return [_stage(t, w, is_read) for t, w in zip(tensors, dense.weights, strict=True)]
-
-        staged = None if grads is None else stage(grads)
-        staged_update = None if update is None else update.mapped(stage)
-        in_order = [*(staged or ()), *(() if staged_update is None else staged_update.tensors())]
-        if all(map(operator.is_, in_order, beside)):
-            layout.remember(beside)
+    dense, staged = work, request
+    if work.layout is None:
+        dense = _with_layout(work)
+    layout: Any = dense.layout
+    if not request.are_checked:
+        staged = _staged(dense, request)
     # All decided before the first write, so that an error leaves everything as it was.
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
-    dtype = layout.value_dtype if with_value else None
     measures: list[Measure | None] = []
     # Tensor subclasses that merely mark their tensors would mark the value too.
     with torch._C.DisableTorchFunctionSubclass():
         for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
-            here, scale_here = dense, scale
-            if len(backends) > 1:
-                here, scale_here = dense._replace(strengths=dense.strengths.on(device)), scale.on(device)
-            measures.append(backend(parts, mode, here, staged, scale_here, dtype, with_terms, staged_update))
-    if dense is not work and (mode is Mode.PROX or update is not None):
+            if len(backends) == 1:
+                measures.append(backend(parts, dense, staged))
+            else:
+                here = dense._replace(penalty=work.penalty.on(device))
+                measures.append(backend(parts, here, staged._replace(scale=moved(request.scale, device))))
+    if dense.weights is not work.weights and (request.mode is Mode.PROX or request.step is not None):
         _copy_back(dense.weights, work.weights)
-    if update is not None and staged_update is not None and staged_update is not update:
-        if mode is not Mode.ADAM_PROX:
-            _copy_back(staged_update.tensors(), update.tensors())
-    elif update is None and staged is not None and grads is not None and staged is not grads:
-        _copy_back(staged, grads)
-    if dtype is None or len(measures) == 1:
+    if staged is not request:
+        _copy_back(_written(staged), _written(request))
+    if request.want is Want.NOTHING or len(measures) == 1:
         return measures[0]
     # From the float64 sums of all devices, so that nothing is rounded twice.
     first = next(iter(layout.parts))
     sums = torch.stack([m.sums(work.n_groups).to(first) for m in measures if m is not None]).sum(0)
-    return weighted_terms(sums, work.strengths.on(first), dtype)
+    return work.penalty.on(first).weighted(sums, layout.value_dtype)
+
+
+def _with_layout(work: Work) -> Work:
+    """The work with a layout, of copies of those weights that are not dense."""
+    layout = find_layout(work.weights, work.groups)
+    if layout is not None:
+        return work._replace(layout=layout)
+    check_kinds(work.names, work.weights)
+    copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    weights = [
+        w if (is_dense(w) if isinstance(g, int) else w.is_contiguous()) and not _is_lazy(w) else copy(w)
+        for w, g in zip(work.weights, work.groups, strict=True)
+    ]
+    if all(map(operator.is_, weights, work.weights)):
+        return work._replace(layout=store_layout(weights, work.groups))
+    return work._replace(
+        weights=weights, layout=find_layout(weights, work.groups) or store_layout(weights, work.groups)
+    )
+
+
+def _staged(dense: Work, request: Request) -> Request:
+    """The request with gradients and states in the memory order of the dense weights: themselves, or copies."""
+    given = [*(request.grads or ()), *(() if request.step is None else request.step.tensors())]
+    notes: Any = dense.layout.notes  # type: ignore[union-attr]
+    if not given or notes.grads_match(given):
+        return request
+    is_read = request.mode not in (Mode.GRADIENT, Mode.VALUE)
+
+    def stage(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [_stage(t, w, is_read) for t, w in zip(tensors, dense.weights, strict=True)]
+
+    grads = None if request.grads is None else stage(request.grads)
+    step = None if request.step is None else request.step.mapped(stage)
+    staged = [*(grads or ()), *(() if step is None else step.tensors())]
+    if all(map(operator.is_, staged, given)):
+        notes.store_grads(given)
+        return request
+    return request._replace(grads=grads, step=step)
+
+
+def _written(request: Request) -> Sequence[Tensor]:
+    """The gradients or states that a sweep writes."""
+    if request.step is None:
+        return request.grads or ()
+    return request.step.tensors() if request.mode is not Mode.ADAM_PROX else ()
 
 
 def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure | None]:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from fastreg.core.types import Measure, Mode, Strength, Strengths, Work
+from fastreg.core.penalty import Measure, Strength
+from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.formulas import penalty as formulas
 from fastreg.sweep.local import local_sweep
 
@@ -17,24 +18,30 @@ def _work(
     weights: list[Tensor], groups: list[int], n_groups: int, l1: Strength, l2: Strength, impl: str | None
 ) -> Work:
     names = [f"weights[{i}]" for i in range(len(weights))]
-    return Work(names, weights, groups, n_groups, Strengths(l1, l2), impl)
+    return Work(names, weights, [*groups], n_groups, formulas.ElasticNetPenalty((l1, l2)), impl)
 
 
-def _sums(found: Measure | None, like: Tensor, n_groups: int) -> Tensor:
-    return like.new_empty((0, 2), dtype=torch.float64) if found is None else found.sums(n_groups)
+def _want(with_value: bool) -> Want:
+    return Want.TOTAL if with_value else Want.NOTHING
+
+
+def _sums(measured: Measure | None, like: Tensor, n_groups: int) -> Tensor:
+    return like.new_empty((0, 2), dtype=torch.float64) if measured is None else measured.sums(n_groups)
 
 
 @library.custom_op("fastreg::group_sums", mutates_args=(), tags=_TAGS)
 def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
     """Sums of |w| and w² of each strength group, float64 [n_groups, 2]; differentiable, twice."""
-    return _sums(local_sweep(_work(weights, groups, n_groups, 1.0, 1.0, impl), Mode.VALUE), weights[0], n_groups)
+    work = _work(weights, groups, n_groups, 1.0, 1.0, impl)
+    return _sums(local_sweep(work, Request(Mode.VALUE, Want.TOTAL)), weights[0], n_groups)
 
 
 @library.custom_op("fastreg::gradients", mutates_args=(), tags=_TAGS)
 def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
     """l1 * sign(w) + 2 * l2 * w of each weight, for strengths [n_groups]; differentiable."""
     grads = [torch.empty_like(w) for w in weights]
-    local_sweep(_work(weights, groups, l1.numel(), l1, l2, impl), Mode.GRADIENT, grads=grads, with_value=False)
+    work = _work(weights, groups, l1.numel(), l1, l2, impl)
+    local_sweep(work, Request(Mode.GRADIENT, Want.NOTHING, grads))
     return grads
 
 
@@ -50,7 +57,7 @@ def add_gradient_(
 ) -> Tensor:
     """Adds `gradients` to `grads`; returns the sums of `group_sums`, or an empty tensor where not `with_value`."""
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
-    return _sums(local_sweep(work, Mode.ACCUMULATE, grads=grads, with_value=with_value), l1, work.n_groups)
+    return _sums(local_sweep(work, Request(Mode.ACCUMULATE, _want(with_value), grads)), l1, work.n_groups)
 
 
 @library.custom_op("fastreg::prox_", mutates_args=("weights",), tags=_TAGS)
@@ -59,7 +66,7 @@ def prox_(
 ) -> Tensor:
     """Shrinks `weights` by strengths that carry the step; returns the sums before it, as `add_gradient_` does."""
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
-    return _sums(local_sweep(work, Mode.PROX, with_value=with_value), l1, work.n_groups)
+    return _sums(local_sweep(work, Request(Mode.PROX, _want(with_value))), l1, work.n_groups)
 
 
 def _fake_sums(l1: Tensor, with_value: bool) -> Tensor:

@@ -5,61 +5,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastreg.core.dtensor import local_shard, local_shards
-from fastreg.core.strengths import per_group
-from fastreg.core.types import Measure, Mode, Scale, Strength, Strengths, Update, Work
-from fastreg.formulas.penalty import weighted_terms
-from fastreg.sweep.dispatch import sweep_for
+from fastreg.core.dtensor import local_shards
+from fastreg.core.penalty import Measure, Strength
+from fastreg.core.strengths import penalty_of_groups, per_group
+from fastreg.core.types import Mode, Request, Update, Want, Work
+from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.inplace import check_writable, mark_changed
 
 
-def apply_prox(
-    work: Work, steps: Sequence[Strength], step_groups: Sequence[int] | None = None, *, with_value: bool = False
-) -> Measure | None:
-    """Shrinks weight i by a proximal step of size `steps[step_groups[i]]`; the value is that before it.
+def apply_prox(work: Work, lr: Strength) -> None:
+    """Shrink the weights by a proximal step of size `lr`.
 
-    Raises ValueError, before anything is written, for a weight whose elements share memory, and RuntimeError for an
+    Raise ValueError, before anything is written, for a weight whose elements share memory, and RuntimeError for an
     inference tensor outside inference mode.
     """
-    weights = work.weights
-    parts = local_shards(weights) if work.is_sharded else weights
-    if work.layout is None or not work.layout.may_be_written:
+    step = per_group([lr], work.weights[0].device, "lr")
+    _prox_sweep(work, Request(Mode.PROX, Want.NOTHING, scale=(step,) * len(work.penalty.strengths)))
+
+
+def apply_prox_of_groups(work: Work, steps: Sequence[Strength], param_groups: Sequence[int]) -> Measure | None:
+    """Shrink weight i by a proximal step of size `steps[param_groups[i]]`. Return the value before it."""
+    device, penalty = work.weights[0].device, work.penalty
+    if len(set(param_groups)) == 1:
+        step = per_group([steps[param_groups[0]]], device, "lr")
+        return _prox_sweep(work, Request(Mode.PROX, scale=(step,) * len(penalty.strengths)))
+    # Strengths are multiplied by the step of their param group, and the value is formed with those that are not.
+    fine, pairs = work.regrouped(param_groups)
+    scaled = [penalty.of_group(group, (steps[i],) * len(penalty.strengths)).strengths for group, i in pairs]
+    measured = _prox_sweep(
+        fine._replace(penalty=penalty_of_groups(type(penalty), scaled, device)), Request(Mode.PROX, Want.TOTAL)
+    )
+    if measured is None:
+        return None
+    plain = penalty_of_groups(type(penalty), [penalty.of_group(group).strengths for group, _ in pairs], device)
+    return plain.weighted(measured.sums(len(pairs)), measured.total.dtype)
+
+
+def apply_elementwise_prox(work: Work, step: Update) -> Measure | None:
+    """Shrink each element by a step size of its own, which `step` has. Return the value before it."""
+    return _prox_sweep(work, Request(Mode.ADAM_PROX, step=step))
+
+
+def _prox_sweep(work: Work, request: Request) -> Measure | None:
+    parts = local_shards(work.weights) if work.is_sharded else work.weights
+    if work.layout is None or not work.layout.notes.are_writable:
         is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
         if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
             for name, w in zip(work.names, parts, strict=True):
                 check_writable(w, f"parameter {name!r}")
         if work.layout is not None:
-            work.layout.may_be_written = not torch.is_inference_mode_enabled()
-    run = sweep_for(work)
-    device = weights[0].device
-    used = [0] if step_groups is None else list(dict.fromkeys(step_groups))
-    if len(used) == 1 or step_groups is None:
-        step = per_group([steps[used[0]]], device, "lr")
-        found = run(work, Mode.PROX, scale=Scale(step, step), with_value=with_value)
-    else:
-        # One group for each pair of strength group and step, with strengths multiplied by the step.
-        pairs = list(zip(work.groups, step_groups, strict=True))
-        numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        plain = [work.strengths.of_group(group) for group, _ in numbers]
-        scaled = [work.strengths.of_group(group, Scale(steps[i], steps[i])) for group, i in numbers]
-        fine = [numbers[pair] for pair in pairs]
-        refined = work.regrouped(fine, len(numbers), _columns(scaled, device))
-        found = run(refined, Mode.PROX, with_value=with_value)
-        if found is not None:
-            found = weighted_terms(found.sums(len(numbers)), _columns(plain, device), found.total.dtype)
-    mark_changed(work, weights)
-    return found
-
-
-def _columns(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -> Strengths:
-    return Strengths(*(per_group(column, device, "lr") for column in zip(*pairs, strict=True)))
-
-
-def apply_adam_prox(work: Work, update: Update) -> Measure | None:
-    """Shrinks the weights by the step sizes of Adam, each element by its own; the value is that before it."""
-    if work.layout is None or not work.layout.may_be_written:
-        for name, w in zip(work.names, work.weights, strict=True):
-            check_writable(local_shard(w), f"parameter {name!r}")
-    found = sweep_for(work)(work, Mode.ADAM_PROX, update=update)
+            work.layout.notes.are_writable = not torch.is_inference_mode_enabled()
+    measured = sweep(work, request)
     mark_changed(work, work.weights)
-    return found
+    return measured

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastreg.core.dtensor import is_dtensor, local_shards
 from fastreg.core.dtypes import value_dtype
-from fastreg.core.strengths import per_group
-from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Strengths, Update, Work
-from fastreg.formulas.penalty import weighted_terms
+from fastreg.core.penalty import Measure
+from fastreg.core.strengths import penalty_of_groups
+from fastreg.core.types import Request, Want, Work
 from fastreg.sweep.local import local_sweep
 
 REPLICATED = -1  # counted by every rank by itself: the same number everywhere
@@ -72,44 +72,32 @@ class Ownership:
         return NOT_COUNTED if any(coordinate[dim] for dim in replicated_dims) else index
 
 
-def sharded_sweep(
-    work: Work,
-    mode: Mode,
-    *,
-    scale: Scale = UNSCALED,
-    grads: Grads = None,
-    with_value: bool = True,
-    with_terms: bool = True,
-    update: Update | None = None,
-) -> Measure | None:
-    """`local_sweep` of this rank's shards, with the value of all ranks', or its own if not `work.all_reduce`.
+def sharded_sweep(work: Work, request: Request) -> Measure | None:
+    """`local_sweep` of this rank's shards, with the value of all ranks, or of this one if not `work.all_reduce`.
 
-    Gradients are DTensors with the placements of their weights. Terms are always formed.
+    Gradients are DTensors with the placements of their weights. If a value is wanted, its terms are formed, too.
     """
     parts = work._replace(weights=local_shards(work.weights))
-    local_grads = None if grads is None else local_shards(grads)
-    local_update = None if update is None else update.mapped(local_shards)
-    if not with_value:
-        return local_sweep(parts, mode, scale=scale, grads=local_grads, with_value=False, update=local_update)
-    ownership = Ownership(work.weights, work.all_reduce)
+    grads = None if request.grads is None else local_shards(request.grads)
+    step = None if request.step is None else request.step.mapped(local_shards)
+    local = request._replace(grads=grads, step=step)
+    if request.want is Want.NOTHING:
+        return local_sweep(parts, local)
     # One sweep for all: strength groups are split by who counts them.
-    pairs = list(zip(work.groups, ownership.mesh_index, strict=True))
-    numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-    coarse = [group for group, _ in numbers]
-    device = work.weights[0].device
-    columns = [[s[group] if isinstance(s, Tensor) and s.ndim else s for group in coarse] for s in work.strengths]
-    strengths = Strengths(per_group(columns[0], device, "l1"), per_group(columns[1], device, "l2"))
-    fine = parts.regrouped([numbers[pair] for pair in pairs], len(numbers), strengths)
-    if local_update is not None:
-        local_update = local_update._replace(settings=[local_update.settings[group] for group in coarse])
-    found = local_sweep(fine, mode, scale=scale, grads=local_grads, update=local_update)
-    assert found is not None
-    rows = []
-    for group, row in zip(coarse, found.sums(len(coarse)), strict=True):
-        rows.append(torch.zeros((work.n_groups, 2), dtype=row.dtype, device=row.device))
-        rows[-1][group] = row
-    sums = ownership.total(rows, [index for _, index in numbers])
-    return weighted_terms(sums, work.strengths, value_dtype([w.dtype for w in work.weights]))
+    ownership = Ownership(work.weights, work.all_reduce)
+    fine, pairs = parts.regrouped(ownership.mesh_index)
+    rows = [[s[group] if isinstance(s, Tensor) and s.ndim else s for s in work.penalty.strengths] for group, _ in pairs]
+    fine = fine._replace(penalty=penalty_of_groups(type(work.penalty), rows, work.weights[0].device))
+    if step is not None:
+        step = step._replace(settings=[step.settings[group] for group, _ in pairs])
+    measured = local_sweep(fine, local._replace(step=step))
+    assert measured is not None
+    counts = []
+    for (group, _), row in zip(pairs, measured.sums(len(pairs)), strict=True):
+        counts.append(row.new_zeros(work.n_groups, len(row)))
+        counts[-1][group] = row
+    sums = ownership.total(counts, [index for _, index in pairs])
+    return work.penalty.weighted(sums, value_dtype([w.dtype for w in work.weights]))
 
 
 def _sharded_dims(weight: Any) -> set[int]:

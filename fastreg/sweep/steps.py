@@ -1,58 +1,48 @@
 """Whole steps of optimizers, in memory that is checked before the first write."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastreg.core.dtensor import as_placed, is_dtensor, local_shard
 from fastreg.core.layout import find_layout
-from fastreg.core.types import Measure, Mode, Update, Work
-from fastreg.sweep.dispatch import sweep_for
+from fastreg.core.penalty import Measure
+from fastreg.core.types import Request, Update, Work
+from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.inplace import check_writable, mark_changed
-from fastreg.sweep.local import local_sweep
 
 
-class StepWork(NamedTuple):
-    """Weights that make a step of one kind, with what it takes."""
+def apply_steps(batches: Sequence[tuple[Work, Request]]) -> list[Measure | None]:
+    """Make the steps of optimizers, in a sweep for each batch of weights that make the same kind of step.
 
-    work: Work
-    mode: Mode
-    grads: list[Tensor]
-    update: Update
-
-
-def apply_steps(all_works: Sequence[StepWork], *, with_value: bool = False) -> list[Measure | None]:
-    """Makes the steps, in a sweep for each kind of step; the values are those before them.
-
-    Raises TypeError, ValueError or RuntimeError, before anything is written, for a gradient or a state that is not like
-    its weight, and for weights that cannot be changed in place.
+    Return the values before the steps. Raise TypeError, ValueError or RuntimeError, before anything is written, for a
+    gradient or a state that is not like its weight, and for weights that cannot be changed in place.
     """
-    run = sweep_for(all_works[0].work)
     checked = []
-    for work, mode, grads, update in all_works:
-        layout = None
-        if run is local_sweep:
-            layout = find_layout(work.weights, work.groups)
-        is_accepted = layout is not None and layout.may_be_written and layout.accepts([*grads, *update.tensors()])
-        if not is_accepted:
-            _check_step(work, grads, update)
-            if layout is not None:
-                layout.may_be_written = not torch.is_inference_mode_enabled()
+    for given_work, given_request in batches:
+        work, request = given_work, given_request
+        grads: Any = request.grads
+        step: Any = request.step
+        if not (work.is_traced or work.is_sharded):
+            work = work._replace(layout=find_layout(work.weights, work.groups))
+        notes = None if work.layout is None else work.layout.notes
+        if notes is not None and notes.are_writable and notes.grads_match([*grads, *step.tensors()]):
+            request = request._replace(are_checked=True)
+        else:
+            _check_step(work, grads, step)
+            if notes is not None:
+                notes.are_writable = not torch.is_inference_mode_enabled()
         if work.is_sharded:
             grads = [as_placed(g, w) if is_dtensor(w) else g for g, w in zip(grads, work.weights, strict=True)]
-        checked.append((work._replace(layout=layout), mode, grads, update, is_accepted))
-    found = []
-    for work, mode, grads, update, is_accepted in checked:
-        if run is local_sweep:
-            found.append(
-                local_sweep(work, mode, grads=grads, with_value=with_value, is_accepted=is_accepted, update=update)
-            )
-        else:
-            found.append(run(work, mode, grads=grads, with_value=with_value, update=update))
+            request = request._replace(grads=grads)
+        checked.append((work, request))
+    measured = []
+    for work, request in checked:
+        measured.append(sweep(work, request))
         mark_changed(work, work.weights)
-    return found
+    return measured
 
 
 def _check_step(work: Work, grads: Sequence[Tensor], update: Update) -> None:

@@ -1,7 +1,7 @@
 """The sweep where a compiler or a transform has to see through it: expressions, or one opaque operator per sweep.
 
 On the PyTorch path and under torch.func it is the expressions of `fastreg.formulas.penalty`. The Triton kernels are
-hidden in the custom operators of operators.py; weighted terms are expressions of the operators' sums, through which the
+hidden in the custom operators of operators.py. Weighted terms are expressions of the operators' sums, through which the
 strengths get their gradients.
 """
 
@@ -12,55 +12,54 @@ from fastreg.blocks.sweep import block_sweep
 from fastreg.core.checks import check_kinds
 from fastreg.core.dtensor import hides_dtensor
 from fastreg.core.dtypes import value_dtype
+from fastreg.core.penalty import Measure, Scale, Strength
 from fastreg.core.torch_private import is_transformed
-from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Strength, Update, Work
+from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.formulas import penalty as formulas
 from fastreg.formulas.steps import take_steps
 from fastreg.sweep.local import backend_for
 from fastreg.sweep.operators import add_gradient_, group_sums, prox_
 
 
-def traced_sweep(
-    work: Work,
-    mode: Mode,
-    *,
-    scale: Scale = UNSCALED,
-    grads: Grads = None,
-    with_value: bool = True,
-    with_terms: bool = True,
-    update: Update | None = None,
-) -> Measure | None:
+def traced_sweep(work: Work, request: Request) -> Measure | None:
     """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
+    mode, grads, with_value = request.mode, request.grads, request.want is not Want.NOTHING
     if work.is_sharded or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
         raise RuntimeError(
             "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
         )
     check_kinds(work.names, weights)
-    if update is not None:
-        # Before the step; a compiler makes kernels of these expressions that are as good.
-        sums = formulas.sums_of_groups(weights, groups, n_groups) if with_value else None
-        take_steps(mode, weights, grads, groups, update)
-    elif is_transformed() or all(backend_for(w.device, work.impl) is block_sweep for w in weights):
-        sums = formulas.sums_of_groups(weights, groups, n_groups) if with_value else None
-        formulas.update(mode, weights, grads, groups, work.strengths, scale)
+    sums: Tensor | None = None
+    if (
+        request.step is not None
+        or is_transformed()
+        or all(backend_for(w.device, work.impl) is block_sweep for w in weights)
+    ):
+        if with_value:
+            sums = formulas.sums_of_groups(weights, groups, n_groups, work.penalty)
+        if request.step is not None:
+            # A compiler makes kernels of these expressions that are as good.
+            take_steps(mode, weights, grads, groups, request.step)
+        else:
+            formulas.apply_penalty(mode, weights, grads, groups, work.penalty, request.scale)
     elif mode is Mode.VALUE:
         sums = group_sums(weights, groups, n_groups, work.impl)
     else:
-        l1, l2 = _scaled(work, scale)
+        l1, l2 = _scaled(work, request.scale)
         if mode is Mode.PROX:
             sums = prox_(weights, groups, l1, l2, with_value, work.impl)
         else:
             sums = add_gradient_(list(grads or ()), weights, groups, l1, l2, with_value, work.impl)
     if sums is None or not with_value:
         return None
-    return formulas.weighted_terms(sums, work.strengths, value_dtype([w.dtype for w in weights]))
+    return work.penalty.weighted(sums, value_dtype([w.dtype for w in weights]))
 
 
 def _scaled(work: Work, scale: Scale) -> tuple[Tensor, Tensor]:
     """Both strengths with their scale, as float64 [n_groups]."""
     device = work.weights[0].device
-    pairs = [work.strengths.of_group(group, scale) for group in range(work.n_groups)]
+    pairs = [work.penalty.of_group(group, scale).strengths for group in range(work.n_groups)]
     l1, l2 = (torch.stack([_float64(s, device) for s in column]) for column in zip(*pairs, strict=True))
     return l1, l2
 

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastreg
 from fastreg.blocks import plan, scratch
-from fastreg.blocks.plan import LANES, Walk
+from fastreg.blocks.plan import LANES, BlockPlan
 from fastreg.core.layout import Layout, forget_layouts
 from tests import oracle
 from tests.support.cases import L1, L2, leaf
@@ -77,7 +77,7 @@ def test_groups_of_large_pieces_and_of_many_blocks(dtype: torch.dtype) -> None:
     own = [0.1 * (i % n_groups + 1) for i in range(len(weights))]
     groups = [{"params": weights[i::n_groups], "l1": own[i], "l2": own[i] / 2} for i in range(n_groups)]
     (part,) = Layout(weights, [i % n_groups for i in range(len(weights))]).parts[torch.device("cpu")]
-    blocks = Walk(part)
+    blocks = BlockPlan(part)
     pieces = blocks.pieces_of(weights)
     assert max(sum(pieces[i].numel() for i in block.pieces) for block in blocks.blocks) <= BLOCK
     found = fastreg.add_elastic_grad_(groups)
@@ -249,7 +249,7 @@ def test_planning_takes_no_longer_per_tensor_for_many() -> None:
 
         sys.settrace(trace)
         try:
-            assert sum(len(block.pieces) for block in Walk(part).blocks) == n
+            assert sum(len(block.pieces) for block in BlockPlan(part).blocks) == n
         finally:
             sys.settrace(None)
         return counted
@@ -279,7 +279,7 @@ def test_only_small_pieces_and_tails_are_packed(n: int) -> None:
     """What is large and fills the vector units is changed where it is, also in small models."""
     w = torch.ones(n)
     (part,) = Layout([w, torch.ones(7)], [0, 0]).parts[torch.device("cpu")]
-    blocks = Walk(part)
+    blocks = BlockPlan(part)
     pieces = blocks.pieces_of([w, torch.ones(7)])
     rest = n % BLOCK
     large = rest - rest % LANES if rest - rest % LANES >= SMALL else 0

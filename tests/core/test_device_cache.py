@@ -109,10 +109,7 @@ def test_pointer_tables() -> None:
     tables = pytest.importorskip("fastreg.kernels.tables")
     part = Part(torch.float32, CPU)
     for numel, group in ((5000, 1), (0, 0), (2048, 0), (1, 1)):
-        part.positions.append(len(part.positions))
-        part.addresses.append(16 * numel)
-        part.numels.append(numel)
-        part.groups.append(group)
+        part.add(len(part.positions), 16 * numel, numel, group)
     pointers = tables.PointerTables(part)
     found = pointers.of_weights()
     # Address, number of elements, group and tensor of each chunk.

@@ -6,8 +6,10 @@ from torch import Tensor
 
 import fastreg
 from fastreg.core import dtypes
-from fastreg.core.types import Mode, Scale, Strengths, Work
+from fastreg.core.penalty import Scale
+from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.formulas import penalty as formulas
+from fastreg.formulas.penalty import ElasticNetPenalty
 from fastreg.formulas.steps import STEPS
 from fastreg.sweep.local import local_sweep
 from tests import oracle
@@ -27,11 +29,12 @@ def weights_of(dtype: torch.dtype, path: Path) -> list[Tensor]:
 def test_expressions_against_numpy(case: str, dtype: torch.dtype) -> None:
     w = make(case, dtype, ("torch", "cpu")).detach()
     exact = oracle.penalty([w], 1.0, 1.0)
-    found = formulas.terms(w)
+    penalty = ElasticNetPenalty((L1, L2))
+    found = penalty.sums(w)
     for term, value in zip(found, exact[1:], strict=True):
         assert float(term) == pytest.approx(value, rel=oracle.VALUE_RTOL[dtype])
-    assert oracle.ulp_distance(formulas.gradient(w, L1, L2), oracle.gradient(w, L1, L2)) <= 1
-    assert oracle.ulp_distance(formulas.prox(w, L1, L2), oracle.prox(w, L1, L2, 1.0)) <= 3
+    assert oracle.ulp_distance(penalty.gradient(w), oracle.gradient(w, L1, L2)) <= 1
+    assert oracle.ulp_distance(penalty.prox(w), oracle.prox(w, L1, L2, 1.0)) <= 3
 
 
 @pytest.mark.parametrize("mode", [m for m in Mode if m not in (*STEPS, Mode.ADAM_PROX)], ids=lambda mode: mode.value)
@@ -40,24 +43,23 @@ def test_sweeps_against_expressions(path: Path, dtype: torch.dtype, mode: Mode) 
     """Every mode, with two groups, a scale of each kind, and gradients that are there already."""
     impl, device = path
     weights = weights_of(dtype, path)
-    groups = [i % GROUPS for i in range(len(weights))]
-    strengths = Strengths(*torch.tensor([[L1, 0.1], [L2, 0.0]], dtype=torch.float64, device=device))
-    scales = [Scale(), Scale(0.5, 2.0), Scale(*torch.tensor([0.5, 2.0], device=device))]
+    groups: list[int | range] = [i % GROUPS for i in range(len(weights))]
+    penalty = ElasticNetPenalty((*torch.tensor([[L1, 0.1], [L2, 0.0]], dtype=torch.float64, device=device),))
+    scales: list[Scale] = [None, (0.5, 2.0), (*torch.tensor([0.5, 2.0], device=device),)]
     for scale in scales[2:] if mode is Mode.RESCALE else scales:
         copies = [[w.clone() for w in weights] for _ in range(2)]
         grads = [[torch.full_like(w, 64.0) for w in weights] for _ in range(2)]
-        expected = formulas.weighted_terms(
-            formulas.sums_of_groups(weights, groups, GROUPS), strengths, dtypes.value_dtype([dtype])
-        )
-        formulas.update(mode, copies[0], grads[0], groups, strengths, scale)
+        sums = formulas.sums_of_groups(weights, groups, GROUPS, penalty)
+        expected = penalty.weighted(sums, dtypes.value_dtype([dtype]))
+        formulas.apply_penalty(mode, copies[0], grads[0], groups, penalty, scale)
 
-        work = Work([str(i) for i in groups], copies[1], groups, GROUPS, strengths, impl)
+        work = Work([str(i) for i in groups], copies[1], groups, GROUPS, penalty, impl)
         writes_gradient = mode not in (Mode.VALUE, Mode.PROX)
-        found = local_sweep(work, mode, scale=scale, grads=grads[1] if writes_gradient else None)
+        found = local_sweep(work, Request(mode, grads=grads[1] if writes_gradient else None, scale=scale))
 
         if mode is not Mode.RESCALE:
             assert found is not None
-            torch.testing.assert_close(found.penalty, expected.penalty, rtol=1e-6, atol=0)
+            torch.testing.assert_close(penalty.result(found), penalty.result(expected), rtol=1e-6, atol=0)
             torch.testing.assert_close(found.sums(GROUPS), expected.sums(GROUPS), rtol=1e-6, atol=0)
         for i, (w, other, grad, other_grad) in enumerate(zip(*copies, *grads, strict=True)):
             with naming(f"weight {i}, {scale}"):
@@ -71,10 +73,10 @@ def test_rescaling_by_one_writes_nothing(path: Path) -> None:
     impl, device = path
     w, grad = torch.ones(5, device=device), torch.full((5,), 7.0, device=device)
     one = torch.ones((), device=device)
-    for scale, is_left in ((Scale(one, one), True), (Scale(one, 2 * one), False), (Scale(2 * one, one), False)):
+    for scale, is_left in (((one, one), True), ((one, 2 * one), False), ((2 * one, one), False)):
         grad.fill_(7.0)
-        work = Work(["w"], [w], [0], 1, Strengths(0.25, 0.5), impl)
-        local_sweep(work, Mode.RESCALE, scale=scale, grads=[grad], with_value=False)
+        work = Work(["w"], [w], [0], 1, ElasticNetPenalty((0.25, 0.5)), impl)
+        local_sweep(work, Request(Mode.RESCALE, Want.NOTHING, [grad], scale))
         assert bool((grad == 7.0).all()) == is_left
 
 
@@ -89,7 +91,7 @@ def test_strength_beyond_float32_leaves_the_gradient_of_zero_at_zero(path: Path,
     w.grad = None
     fastreg.add_elastic_grad_(w, 1e300, 0.5, impl=impl)
     assert torch.equal(w.grad, expected)  # type: ignore[arg-type]
-    assert torch.equal(formulas.gradient(w.detach(), 1e300, 0.5), expected)
+    assert torch.equal(ElasticNetPenalty((1e300, 0.5)).gradient(w.detach()), expected)
     penalty = fastreg.elastic_penalty(w, 1e300, 0.5, impl=impl)
     (differentiable,) = torch.autograd.grad(penalty, w, create_graph=True)
     assert torch.equal(differentiable, expected)
@@ -107,7 +109,7 @@ def test_gradients_of_no_strength_have_the_same_signs_of_zero_on_every_path(path
         fastreg.elastic_penalty(w, l1, l2, impl=impl).backward()
         added = values.clone().requires_grad_()
         fastreg.add_elastic_grad_(added, l1, l2, impl=impl)
-        for grad in (returned, w.grad, added.grad, formulas.gradient(values, l1, l2)):
+        for grad in (returned, w.grad, added.grad, ElasticNetPenalty((l1, l2)).gradient(values)):
             assert grad is not None
             assert not grad.any()
             assert not torch.signbit(grad).any()

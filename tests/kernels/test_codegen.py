@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from bench.static import codegen
 from bench.static.codegen import CASES, DTYPES, TARGETS, VARIANTS, Report
-from fastreg.core.types import UNSCALED, Mode, Scale
+from fastreg.core.types import Mode
 from fastreg.kernels import launch, sweep
 from fastreg.kernels.tables import BLOCK, MOST_CHUNKS
 
@@ -69,7 +69,7 @@ def test_what_changes_between_calls_compiles_nothing(target: str) -> None:
     def requests(variant: str, n: int, strength: float, offset: int) -> list[codegen.Launch]:
         weights = [torch.empty(n + offset)[offset:]]
         factor = torch.ones(1 + offset)[offset]  # at an address that is a multiple of 16, or is not
-        scale = Scale(factor, factor) if VARIANTS[variant].scaled else UNSCALED
+        scale = (factor, factor) if VARIANTS[variant].scaled else None
         call = functools.partial(codegen.sweep_once, VARIANTS[variant], weights, strength, scale)
         return codegen.record(TARGETS[target], call)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import fastreg
 from fastreg.core import layout
-from fastreg.core.types import Scale
 from fastreg.sweep.gradient import add_gradient
 from tests.support import small_sweep
 from tests.support.stub_driver import Launch, StubDriver, stub_driver
@@ -255,7 +254,7 @@ def test_strengths_and_scales_come_as_values_or_by_address(driver: StubDriver) -
             driver.clear()
             numbers: list[Any] = [2.0, 3.0, 4.0, 5.0]
             numbers[bit] = at(0.5, dtype, 1)
-            add_gradient(penalty([w], *numbers[:2])._current(), scale=Scale(*numbers[2:]))
+            add_gradient(penalty([w], *numbers[:2])._current(), scale=tuple(numbers[2:]))
             sweep, finish = (each.arguments for each in driver.launches)
             assert (
                 sweep["doubles"] == finish["doubles"] == (dtype != torch.float32) << bit

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.core.types import Mode
 from fastreg.formulas.steps import take_steps
 from tests import oracle
 from tests.support.helpers import Path, bits, naming, slack
@@ -196,8 +195,8 @@ def test_expressions_make_the_same_steps(rule: str, monkeypatch: pytest.MonkeyPa
                     check_step(optimizer, kind, dict.fromkeys(weights, given), ("torch", "cpu"))
 
 
-def _by_expressions(parts: Any, mode: Mode, work: Any, grads: Any, update: Any) -> None:
-    take_steps(mode, work.weights, grads, work.groups, update)
+def _by_expressions(parts: Any, work: Any, request: Any) -> None:
+    take_steps(request.mode, work.weights, request.grads, work.groups, request.step)
 
 
 def special(device: str) -> Iterator[tuple[Tensor, Tensor]]:

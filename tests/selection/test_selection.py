@@ -272,10 +272,10 @@ def test_groups_of_strengths_stay_apart_when_these_are_equal(path: Path) -> None
         reg = fastreg.ElasticNet([*groups, {"params": weights[2]}, {"params": weights[3], "lr": 1.0}], 0.125, impl=impl)
         work = reg._current()
         assert (list(work.groups), work.n_groups) == ([0, 1, 2, 2], 3)
-        assert all(isinstance(s, torch.Tensor) and s.shape == (3,) for s in work.strengths)
+        assert all(isinstance(s, torch.Tensor) and s.shape == (3,) for s in work.penalty.strengths)
         assert float(reg().detach()) == 2 * l1[0] + 3 * l1[1] + 9 * 0.125
     plain = fastreg.ElasticNet([{"params": w} for w in weights], 0.125, impl=impl)._current()
-    assert (plain.n_groups, plain.strengths.l1) == (1, 0.125)
+    assert (plain.n_groups, plain.penalty.strengths[0]) == (1, 0.125)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["ElasticNet", "single calls"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastreg
-from fastreg.core.types import Mode
+from fastreg.core.types import Mode, Request
 from fastreg.sweep.local import local_sweep
 from fastreg.sweep.sharded import sharded_sweep
 from tests.support.helpers import Path
@@ -110,9 +110,9 @@ def spy_on_sweeps(monkeypatch: pytest.MonkeyPatch) -> list[Mode]:
     modes: list[Mode] = []
 
     def spied(run: Callable[..., Any]) -> Callable[..., Any]:
-        def spy(work: Any, mode: Mode, **keywords: Any) -> Any:
-            modes.append(mode)
-            return run(work, mode, **keywords)
+        def spy(work: Any, request: Request) -> Any:
+            modes.append(request.mode)
+            return run(work, request)
 
         return spy
 
