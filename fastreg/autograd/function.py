@@ -26,6 +26,7 @@ from fastreg.autograd.engine import (
 from fastreg.autograd.saved import WeightState
 from fastreg.core.dtensor import as_dtensors, is_dtensor, local_shards
 from fastreg.core.layout import is_dense
+from fastreg.core.torch_private import HAS_VERSIONS, dispatch_keys, no_subclass
 from fastreg.core.types import Mode, Penalty, Scale, Strength, Strengths, Work
 from fastreg.formulas import penalty as formulas
 from fastreg.sweep.dispatch import sweep_for
@@ -70,6 +71,8 @@ class ElasticPenaltyFunction(torch.autograd.Function):
         if not work.are_leaves:
             ctx.is_leaf, ctx.leaves = is_leaf, list(itertools.compress(weights, is_leaf))
             saved += [w for w in weights if not w.is_leaf]
+        if not HAS_VERSIONS:  # autograd has to notice changes in place
+            saved += ctx.leaves
         ctx.work = work._replace(weights=(), strengths=_without_tensors(l1, l2)) if saved else work
         ctx.state = WeightState(ctx.leaves, work.is_sharded, work.layout if work.are_leaves else None)
         mode, ctx.gradients, ctx.run = Mode.VALUE, None, run
@@ -168,7 +171,7 @@ def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
     """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
     weights, strengths = work.weights, work.strengths
     # By name: torch.autograd.grad(is_grads_batched=True) uses a kind of batching whose key Python cannot name.
-    if any(isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor)) for factor in scale):
+    if any(isinstance(factor, Tensor) and "Batched" in str(dispatch_keys(factor)) for factor in scale):
         # Many upstream gradients at once, which only expressions can follow.
         pairs = zip(local_shards(weights), work.groups, strict=True)
         grads = as_dtensors([formulas.gradient(w, *strengths.of_group(g, scale)) for w, g in pairs], weights)
@@ -183,7 +186,7 @@ def _gradients(ctx: Any, work: Work, scale: Scale) -> list[Tensor | None]:
 
 def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
     """Uninitialised gradients, each a tensor of its own, with the strides that autograd would give them."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_subclass():
         parts = [
             torch.empty_like(w, memory_format=torch.preserve_format if is_dense(w) else torch.contiguous_format)
             for w in local_shards(weights)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from fastreg.core.checks import Impl, check_impl, check_kinds, warn_user
 from fastreg.core.dtensor import any_dtensor
 from fastreg.core.strengths import check_strength, per_group
+from fastreg.core.torch_private import unscales_gradients
 from fastreg.core.types import Mode, Penalty, Settings, Strength, Strengths, Update, Work
 from fastreg.selection.params import check_keys
 from fastreg.sweep.steps import StepWork, apply_steps
@@ -38,10 +39,10 @@ class Plan(NamedTuple):
     kinds: list[Kind]
 
 
+@unscales_gradients
 class Penalized(Optimizer):
     """A mixin before one of torch.optim's classes."""
 
-    _step_supports_amp_scaling = True  # GradScaler then leaves the division and the check for infinities to the step
     _plan: Plan | None = None
     _track = False
     _impl: Impl = None

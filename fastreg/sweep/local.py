@@ -13,6 +13,7 @@ from torch import Tensor
 from fastreg.blocks.sweep import block_sweep
 from fastreg.core.checks import check_kinds
 from fastreg.core.layout import find_layout, is_dense, store_layout
+from fastreg.core.torch_private import is_zerotensor, no_subclass
 from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Update, Work
 from fastreg.formulas.penalty import weighted_terms
 
@@ -68,7 +69,7 @@ def local_sweep(
     dtype = layout.value_dtype if with_value else None
     measures: list[Measure | None] = []
     # Tensor subclasses that merely mark their tensors would mark the value too.
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_subclass():
         for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
             here, scale_here = dense, scale
             if len(backends) > 1:
@@ -113,7 +114,7 @@ def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure
 
 def _is_lazy(tensor: Tensor) -> bool:
     """Whether the values are not those in memory: negated by a bit, or zeros that were never written."""
-    return tensor.is_neg() or tensor._is_zerotensor()  # type: ignore[attr-defined]
+    return tensor.is_neg() or is_zerotensor(tensor)
 
 
 def _stage(grad: Tensor, weight: Tensor, is_read: bool) -> Tensor:
