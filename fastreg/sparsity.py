@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastreg.core.dtensor import local_shards
+from fastreg.core.torch_private import no_subclass
 from fastreg.core.types import Work
 from fastreg.formulas.penalty import ElasticNetPenalty
 from fastreg.selection.filters import Filter, matches
@@ -25,7 +26,7 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")
     device = weights[0].device
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.no_grad(), no_subclass():
         counts = [torch.count_nonzero(part).to(device) for part in local_shards(weights)]
         ownership = Ownership(weights, all_reduce=True)
         return ((total - ownership.total(counts, ownership.mesh_index)).double() / total).float()
@@ -55,7 +56,7 @@ def summary_of(work: Work, params: Any, exclude: Filter) -> str:
 
 def _zeros(work: Work) -> list[int]:
     """How many elements of each weight are exactly zero, over all ranks."""
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with torch.no_grad(), no_subclass():
         parts = local_shards(work.weights)
         first = parts[0].device
         counts = torch.stack([torch.count_nonzero(part).to(first) for part in parts])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastreg.core.layout import Part
 from fastreg.core.penalty import Measure
+from fastreg.core.torch_private import is_zerotensor
 from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.kernels.finish import _finish_kernel
 from fastreg.kernels.sweep import _sweep_kernel
@@ -59,7 +60,7 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
     values, addresses, doubles = factors[:], [0, 0, 0, 0], 0
     for i, factor in enumerate(factors):
         if isinstance(factor, Tensor):
-            if factor.is_neg() or factor._is_zerotensor():  # what is in its memory is not its value
+            if factor.is_neg() or is_zerotensor(factor):  # what is in its memory is not its value
                 factor = factors[i] = torch.empty_like(factor, dtype=torch.float64).copy_(factor)
             elif factor.dtype not in (torch.float64, torch.float32):
                 factor = factors[i] = factor.double()  # which has to live until the kernels are launched

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastreg.core.device_cache import DeviceCache, to_device
 from fastreg.core.layout import Part
 from fastreg.core.strengths import constant
+from fastreg.core.torch_private import foreach_copy_, version
 from fastreg.core.types import Settings, Update
 from fastreg.kernels.target import Target, current_target
 
@@ -21,8 +22,6 @@ BLOCK = 2048
 # About what the largest GPUs hold at a time; beyond that, chunks grow instead.
 MOST_CHUNKS = 2048
 MOST_BLOCKS_PER_CHUNK = 32
-
-_VERSION = operator.attrgetter("_version")
 
 
 class Tables(NamedTuple):
@@ -96,7 +95,7 @@ class PointerTables:
         To be called once per step, after `of_states`: the kernel then counts it in both.
         """
         own = self._own(steps)
-        versions = list(map(_VERSION, own))
+        versions = list(map(version, own))
         places, last_versions, key = self._counted
         if places is not self._last_states[1] or versions != last_versions:
             key = object()
@@ -162,7 +161,5 @@ def settings_table(settings: Sequence[Settings], device: torch.device) -> tuple[
     table = constant(tuple(floats), device)
     if in_memory:
         table = table.clone()
-        torch._foreach_copy_(
-            [table[i] for i in in_memory], [torch.as_tensor(numbers[i]).reshape(()) for i in in_memory]
-        )
+        foreach_copy_([table[i] for i in in_memory], [torch.as_tensor(numbers[i]).reshape(()) for i in in_memory])
     return table, factor

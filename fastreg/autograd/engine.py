@@ -1,14 +1,7 @@
-"""May backward write .grad itself? All calls of the autograd engine's private interface are here.
+"""May backward write .grad itself? PyTorch's private names about the autograd engine and the nodes of its graph.
 
-What they promise, as PyTorch's own DDP and FSDP rely on it:
-
-- `_execution_engine.queue_callback(f)` calls f once, in this thread, when the running backward pass has finished; what
-  f queues itself runs after all that the pass has queued before.
-- `torch._C._will_engine_execute_node(node)` tells whether the running pass will execute a node, and raises RuntimeError
-  under torch.autograd.grad, which wants the gradients for itself.
-- An AccumulateGrad node that only the graph holds has `_UNSHARED` references; its hooks get None (docs/threads.md).
-
-Where one of them is missing, gradients are returned to autograd: slower, and the same numbers.
+Each is looked up and tried at import, as in core/torch_private.py. Where one is missing or does something else,
+gradients are returned to autograd: slower, with the same results.
 """
 
 import functools
@@ -20,77 +13,163 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.core.torch_private import HAS_VERSIONS, bound, example, expect
+
 _HAS_DISTRIBUTED = torch.distributed.is_available()
-_HAS_ENGINE_ENTRY_POINTS = hasattr(torch._C, "_will_engine_execute_node") and hasattr(
-    torch.autograd.Variable._execution_engine, "queue_callback"
-)
-_HOOKS, _POST_HOOKS = map(operator.attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
-def apply(function: Any, *inputs: Any) -> Any:
-    """`function.apply(*inputs)` in C++; the one in Python loops over all inputs, for torch.func only."""
-    return super(torch.autograd.Function, function).apply(*inputs)
+def _apply_in_python(function: Any, *inputs: Any) -> Any:
+    return function.apply(*inputs)
+
+
+@bound(_apply_in_python)
+def apply() -> Any:
+    """`apply(function, *inputs)` is `function.apply(*inputs)` by the method in C++ that Function.apply calls.
+
+    Function.apply itself loops over all inputs in Python, for torch.func only. Missing: Function.apply.
+    """
+
+    def apply_in_c(function: Any, *inputs: Any) -> Any:
+        return super(torch.autograd.Function, function).apply(*inputs)
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> Tensor:
+            return 2 * upstream
+
+    doubled = apply_in_c(Double, example(3).requires_grad_())
+    expect(doubled.item() == 6 and isinstance(doubled.grad_fn, torch.autograd.graph.Node))
+    return apply_in_c
 
 
 def note_hooks(function: Any) -> None:
-    """Has the graph's nodes of an autograd Function note in `was_hooked` that a hook was put on them."""
-    node_class = getattr(function, "_backward_cls", None)
-    if node_class is not None:
+    """Make the graph's nodes of an autograd Function note in `was_hooked` that a hook was registered on them.
+
+    `_backward_cls` is the class of these nodes. Missing: `only_accumulates` asks each node for its hooks.
+    """
+    try:
+        node_class = function._backward_cls
 
         def register_hook(node: Any, hook: Any) -> Any:
             node.was_hooked = True
             return super(node_class, node).register_hook(hook)
 
+        expect(issubclass(node_class, torch.autograd.function.BackwardCFunction))
         node_class.was_hooked = False
         node_class.register_hook = register_hook
+    except Exception:  # a private name may change in any way
+        return
+
+
+def _look_up_hooks(name: str, register: Callable[[Tensor, Any], Any]) -> Any:
+    get = operator.attrgetter(name)
+    a = example(1).requires_grad_()
+    expect(not get(a))
+    register(a, lambda grad: None)
+    expect(bool(get(a)))
+    return get
+
+
+@bound(lambda tensor: True)
+def _hooks() -> Any:
+    """`tensor._backward_hooks` has the hooks of Tensor.register_hook. Missing: every weight counts as hooked."""
+    return _look_up_hooks("_backward_hooks", Tensor.register_hook)
+
+
+@bound(lambda tensor: True)
+def _post_hooks() -> Any:
+    """`tensor._post_accumulate_grad_hooks` has those of register_post_accumulate_grad_hook. Missing: likewise."""
+    return _look_up_hooks("_post_accumulate_grad_hooks", Tensor.register_post_accumulate_grad_hook)
+
+
+def _expect_refusal(function: Callable[[Any], Any], argument: Any) -> None:
+    """Check that `function` takes `argument`, without a backward pass, which would start the engine's threads."""
+    try:
+        function(argument)
+    except RuntimeError:  # outside of a backward pass
+        return
+
+
+@bound(None)
+def _queue_callback() -> Any:
+    """`_execution_engine.queue_callback(f)` calls f once, in this thread, when the running backward pass has finished.
+
+    What f queues itself runs after all that the pass has queued before. DDP and FSDP2 rely on it. Missing: gradients
+    are returned.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+    _expect_refusal(queue, lambda: None)
+    return queue
+
+
+@bound(None)
+def _will_execute() -> Any:
+    """`torch._C._will_engine_execute_node(node)` tells whether the running backward pass will execute a node.
+
+    It raises RuntimeError under torch.autograd.grad, which wants the gradients for itself. PyTorch's multi-grad hooks
+    rely on it. Missing: gradients are returned.
+    """
+    _expect_refusal(torch._C._will_engine_execute_node, example(1).requires_grad_().clone().grad_fn)
+    return torch._C._will_engine_execute_node
+
+
+_CAN_WRITE_GRADIENTS = HAS_VERSIONS and None not in (_queue_callback, _will_execute)
 
 
 def must_return_gradients(is_sharded: bool) -> bool:
-    """Whether this is no place for backward passes that write gradients themselves, whatever the weights."""
+    """Return whether backward passes must not write gradients themselves here, whatever the weights are."""
     # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
     # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
     # itself, on a stream that is safe to follow only when the backward pass is over.
-    if not _HAS_ENGINE_ENTRY_POINTS or (not is_sharded and _HAS_DISTRIBUTED and torch.distributed.is_initialized()):
+    if not _CAN_WRITE_GRADIENTS or (not is_sharded and _HAS_DISTRIBUTED and torch.distributed.is_initialized()):
         return True
     return _is_watched()
 
 
 def are_hooked(weights: Sequence[Tensor]) -> bool:
-    """Whether hooks of the weights would see their gradients."""
+    """Return whether hooks of the weights would see their gradients."""
     # One pass in C for each attribute is twice as fast as one loop in Python over the weights.
-    return any(map(_HOOKS, weights)) or any(map(_POST_HOOKS, weights))
+    return any(map(_hooks, weights)) or any(map(_post_hooks, weights))
 
 
 def only_accumulates(node: Any, n_weights: int) -> bool:
-    """Whether the running pass does nothing with the last `n_weights` gradients of `node` but add each to its .grad."""
+    """Return whether the running pass only adds each of the last `n_weights` gradients of `node` to a .grad."""
     if _is_watched():
         return False
-    if getattr(node, "was_hooked", True):
-        handle = node.register_hook(lambda inputs, outputs: None)
-        hooks = handle.hooks_dict_ref()
-        handle.remove()
-        if hooks:  # of others, who will see what the node returns
-            return False
-    nodes = [each for each, _ in node.next_functions[-n_weights:]]
-    # Whoever holds an AccumulateGrad node does so to hook it; to ask all of them for their hooks takes too long.
-    if set(map(type, nodes)) != {_ACCUMULATE_GRAD} or max(map(sys.getrefcount, nodes)) > _UNSHARED:
-        return False
     try:
-        return all(map(torch._C._will_engine_execute_node, nodes))
-    except RuntimeError:  # torch.autograd.grad
+        if getattr(node, "was_hooked", True):
+            handle = node.register_hook(lambda inputs, outputs: None)
+            hooks = handle.hooks_dict_ref()
+            handle.remove()
+            if hooks:  # registered by others, who will see what the node returns
+                return False
+        nodes = [each for each, _ in node.next_functions[-n_weights:]]
+        # Whoever holds an AccumulateGrad node does so to hook it; to ask all of them for their hooks takes too long.
+        if set(map(type, nodes)) != {_ACCUMULATE_GRAD} or max(map(sys.getrefcount, nodes)) > _UNSHARED:
+            return False
+        return all(map(_will_execute, nodes))
+    except (RuntimeError, AttributeError):  # torch.autograd.grad; a name that is missing
         return False
 
 
 def _is_watched() -> bool:
-    """Whether anomaly mode or compiled autograd looks at what nodes return."""
+    """Return whether anomaly mode or compiled autograd looks at what nodes return.
+
+    `torch._dynamo.compiled_autograd.compiled_autograd_enabled` tells the latter. Missing: once imported, it is active.
+    """
     compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    return torch.is_anomaly_enabled() or bool(getattr(compiled_autograd, "compiled_autograd_enabled", False))
+    is_compiled = compiled_autograd is not None and getattr(compiled_autograd, "compiled_autograd_enabled", True)
+    return torch.is_anomaly_enabled() or bool(is_compiled)
 
 
 def run_after_backward(callback: Callable[[], None], device: torch.device, tensors: Sequence[object]) -> None:
-    """Calls `callback` once the running backward pass has finished.
+    """Call `callback` when the running backward pass has finished.
 
-    It may run on another stream of `device` than this one, and waits there for what this one does to `tensors`.
+    It may run on another stream of `device` than the current one, and waits there until `tensors` are computed.
     """
     producer: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
@@ -103,13 +182,13 @@ def run_after_backward(callback: Callable[[], None], device: torch.device, tenso
                     tensor.record_stream(consumer)
         callback()
 
-    queue = torch.autograd.Variable._execution_engine.queue_callback
     # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
-    queue(functools.partial(queue, run))
+    _queue_callback(functools.partial(_queue_callback, run))
 
 
 with torch.inference_mode(False), torch.enable_grad():
     _GRAPH: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
+# An AccumulateGrad node that only the graph holds has `_UNSHARED` references; its hooks get None (docs/threads.md).
 _ACCUMULATE_GRAD = type(_GRAPH.grad_fn.next_functions[0][0])
 # As counted in `only_accumulates`: PyTorch versions differ in how many references are their own.
 _UNSHARED = max(map(sys.getrefcount, [each for each, _ in _GRAPH.grad_fn.next_functions]))

@@ -27,6 +27,7 @@ from fastreg.autograd.saved import WeightState
 from fastreg.core.dtensor import as_dtensors, is_dtensor, local_shards
 from fastreg.core.layout import is_dense
 from fastreg.core.penalty import Strength
+from fastreg.core.torch_private import HAS_VERSIONS, dispatch_keys, no_subclass
 from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.formulas.penalty import gradient_of_segments, sums_of_groups
 from fastreg.sweep.dispatch import is_traced_now, sweep
@@ -69,6 +70,8 @@ class PenaltyFunction(torch.autograd.Function):
         if not work.are_leaves:
             ctx.is_leaf, ctx.leaves = is_leaf, list(itertools.compress(weights, is_leaf))
             saved += [w for w in weights if not w.is_leaf]
+        if not HAS_VERSIONS:  # autograd has to notice changes in place
+            saved += ctx.leaves
         ctx.work = work._replace(weights=(), penalty=_without_tensors(work.penalty)) if saved else work
         ctx.state = WeightState(ctx.leaves, work.is_sharded, work.layout if work.are_leaves else None)
         mode, ctx.gradients = Mode.VALUE, None
@@ -156,7 +159,7 @@ def _gradients(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> list[Tensor
     """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
     weights, penalty = work.weights, work.penalty
     # By name: torch.autograd.grad(is_grads_batched=True) uses a kind of batching whose key Python cannot name.
-    if any(isinstance(factor, Tensor) and "Batched" in str(torch._C._dispatch_keys(factor)) for factor in scale):
+    if any(isinstance(factor, Tensor) and "Batched" in str(dispatch_keys(factor)) for factor in scale):
         # Many upstream gradients at once, which only expressions can follow.
         pairs = zip(local_shards(weights), work.groups, strict=True)
         grads = as_dtensors([gradient_of_segments(w, g, penalty, scale) for w, g in pairs], weights)
@@ -174,7 +177,7 @@ def _gradients(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> list[Tensor
 
 def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
     """Uninitialized gradients, each a tensor of its own, with the strides that autograd would give them."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_subclass():
         parts = [
             torch.empty_like(w, memory_format=torch.preserve_format if is_dense(w) else torch.contiguous_format)
             for w in local_shards(weights)

@@ -8,27 +8,28 @@ from torch import Tensor
 
 from fastreg.core.dtensor import is_dtensor, local_shard
 from fastreg.core.layout import Layout
+from fastreg.core.torch_private import version
 
-_VERSION, _SHAPE = map(operator.attrgetter, ("_version", "shape"))
+_SHAPE = operator.attrgetter("shape")
 
 
 class WeightState:
-    """Where each weight lies, its shape, and how often it was changed in place.
+    """The address and the shape of each weight, and how often it was changed in place.
 
-    The shard of a DTensor counts by itself. FSDP2 may give a weight another shard object, which is no change.
+    The shard of a DTensor is compared as a tensor of its own. That FSDP2 replaces the shard object is no change.
     """
 
     def __init__(self, weights: Sequence[Tensor], is_sharded: bool, layout: Layout | None) -> None:
-        """`layout` is that of the weights, if it is known: only versions then need to be noted."""
+        """If the weights' `layout` is known, only their versions are kept."""
         self._layout = None if is_sharded else layout
         self._facts = _facts(weights, self._layout)
         shards = [(i, local_shard(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
         self._shards = [(i, weakref.ref(shard), _facts([shard], None)) for i, shard in shards]
 
     def check(self, weights: Sequence[Tensor]) -> Layout | None:
-        """Raises RuntimeError where one of the same weights was changed since, in place or by assigning `.data`.
+        """Return the layout of the same weights, if it is known and still valid.
 
-        Returns their layout, if it is known and still holds.
+        Raise RuntimeError if one of them was changed since, in place or by assigning `.data`.
         """
         layout = self._layout
         changed = _facts(weights, layout) != self._facts
@@ -51,7 +52,7 @@ class WeightState:
 def _facts(weights: Sequence[Tensor], layout: Layout | None) -> list[object]:
     try:
         if layout is not None:
-            return list(map(_VERSION, weights))
-        return [*map(_VERSION, weights), *map(Tensor.data_ptr, weights), *map(_SHAPE, weights)]
+            return list(map(version, weights))
+        return [*map(version, weights), *map(Tensor.data_ptr, weights), *map(_SHAPE, weights)]
     except RuntimeError:  # an inference tensor, a DTensor
-        return [(0 if w.is_inference() else w._version, 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]
+        return [(0 if w.is_inference() else version(w), 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]

@@ -12,10 +12,10 @@ from fastreg.blocks.plan import LANES, Block
 from fastreg.blocks.scratch import Memory
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
 from fastreg.core.penalty import Strength
+from fastreg.core.torch_private import foreach_add_, foreach_copy_, fused_sgd_
 from fastreg.core.types import Mode
 
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
-_HAS_FUSED_SGD = hasattr(torch, "_fused_sgd_")
 _softshrink = torch.ops.aten.softshrink.out
 _PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
@@ -74,7 +74,7 @@ class BlockOps:
         else:
             # Rounded to the storage dtype before the addition: autograd's order, so that its bits are ours.
             same = self._dtype == self._compute
-            torch._foreach_add_(copies, parts if same else [part.to(self._dtype) for part in parts])
+            foreach_add_(copies, parts if same else [part.to(self._dtype) for part in parts])
 
     def gradient(self, w: Tensor, l1: Strength, l2: Strength, sign: Tensor, out: Tensor) -> Tensor:
         """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel.
@@ -98,12 +98,12 @@ class BlockOps:
         A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
         lr * buffer. With sign(w) as the buffer and w in the gradient's place, that buffer is the penalty's gradient.
         """
-        if not (_HAS_FUSED_SGD and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
+        if not (fused_sgd_ is not None and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
             return False
         if not _fits_fused_sgd(l1, slope, self._compute):
             return False
         torch.sign(w, out=sign)
-        torch._fused_sgd_([grad], [w], [sign], momentum=l1, dampening=1 - slope, **_PLAIN_SGD)
+        fused_sgd_([grad], [w], [sign], momentum=l1, dampening=1 - slope, **_PLAIN_SGD)
         return True
 
     def prox(self, w: Tensor, l1: Strength, l2: Strength, spare: Tensor) -> None:
@@ -152,4 +152,4 @@ def copy_pieces(targets: Pieces, sources: Pieces) -> None:
     if len(targets) == 1:
         targets[0].copy_(sources[0])
     else:
-        torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
+        foreach_copy_(targets, sources)

@@ -1,7 +1,6 @@
 """Steps of optimizers on the PyTorch path: block by block, with the penalty in cache and PyTorch's fused operators."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,14 @@ from fastreg.blocks.plan import LANES, BlockPlan, reserve
 from fastreg.blocks.scratch import Memory, Pack, give_back, take_memory
 from fastreg.core.dtypes import compute_dtype
 from fastreg.core.layout import Part
-from fastreg.core.torch_private import is_under_a_mode
+from fastreg.core.torch_private import (
+    HAS_FUSED_STEPS,
+    foreach_add_,
+    fused_adam_,
+    fused_adamw_,
+    fused_sgd_,
+    is_under_a_mode,
+)
 from fastreg.core.types import Mode, Request, Settings, Work
 from fastreg.formulas.steps import take_steps, with_rounding
 
@@ -21,14 +27,14 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> None:
     """What `formulas.take_steps` does to the weights, states and counters of the parts of one device.
 
-    Off the host, and with strengths beyond float32, it is done by those expressions.
+    Off the host, without fused operators, and with strengths beyond float32, it is done by those expressions.
     """
     mode, grads, update = request.mode, request.grads, request.step
     assert update is not None
     positions = [position for part in parts for position in part.positions]
     on_host = parts[0].device.type == "cpu"
     settings = [Settings(*[x.item() if isinstance(x, Tensor) else x for x in s]) for s in update.settings if on_host]
-    if not on_host or any(abs(x) > _FLOAT32_MAX for s in settings for x in s):
+    if not on_host or not HAS_FUSED_STEPS or any(abs(x) > _FLOAT32_MAX for s in settings for x in s):
         weights, own_grads, *states = [
             None if t is None else [t[position] for position in positions]
             for t in (work.weights, grads, *update.states, update.steps)
@@ -41,7 +47,7 @@ def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> Non
         return
     steps = update.steps
     if steps is not None and mode is not Mode.ADAM_PROX:
-        torch._foreach_add_([steps[position] for position in positions], 1)
+        foreach_add_([steps[position] for position in positions], 1)
     memory = take_memory(parts[0].device, 0 if is_under_a_mode() else reserve())
     try:
         for part in parts:
@@ -135,13 +141,13 @@ class BlockSteps:
         adds_l2 = self._adds_l2(s)
         decay = s.weight_decay + 2 * s.l2 if adds_l2 else s.weight_decay
         if second is None:
-            torch._fused_sgd_(  # type: ignore[call-overload]
+            fused_sgd_(
                 weights, grads, first or [],
                 weight_decay=decay, momentum=s.first, lr=s.lr, dampening=s.second, nesterov=bool(s.third),
                 maximize=False, is_first_step=False, grad_scale=self._grad_scale,
             )  # fmt: skip
         else:
-            step: Any = torch._fused_adam_ if adds_l2 else torch._fused_adamw_
+            step = fused_adam_ if adds_l2 else fused_adamw_
             step(
                 weights, grads, first, second, third or [], steps,
                 lr=s.lr, beta1=s.first, beta2=s.second, weight_decay=decay, eps=s.third,

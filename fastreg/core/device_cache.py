@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastreg.core.torch_private import foreach_add_
+
 T = TypeVar("T")
 
 # What captured graphs read at every replay. It only grows, by some kilobytes a model: nothing tells when they are gone.
@@ -75,7 +77,7 @@ def written_by_kernels(tensor: Tensor, device: torch.device) -> Tensor:
     """The same without a copy: the numbers travel as arguments of kernels, which a graph keeps with them."""
     flat = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=device)
     if tensor.numel():
-        torch._foreach_add_(flat.unbind(), tensor.flatten().tolist())
+        foreach_add_(flat.unbind(), tensor.flatten().tolist())
     return flat.view(tensor.shape)
 
 

@@ -1,4 +1,4 @@
-"""DTensors from where a sweep stands: the part of a weight that is in this rank's memory."""
+"""DTensors as a sweep sees them: the shard of a weight that is in this rank's memory."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -7,42 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.core.torch_private import local_tensor
+
 
 def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether `tensor` is a torch.distributed.tensor.DTensor."""
+    """Return whether `tensor` is a torch.distributed.tensor.DTensor."""
     return any_dtensor((tensor,))
 
 
 def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether any of them is one; imports nothing: where DTensor was not imported, there is none."""
+    """Return whether any of them is a DTensor. Where the class was not imported, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any([issubclass(kind, module.DTensor) for kind in set(map(type, tensors))])
 
 
 def hides_dtensor(tensor: Tensor) -> bool:
-    """Whether a torch.func transform has wrapped a DTensor, which then no longer shows."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return is_dtensor(tensor)
+    """Return whether a torch.func transform has wrapped a DTensor, so that its class no longer shows."""
+    return is_dtensor(torch.func.debug_unwrap(tensor))
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, in its own memory; a plain tensor itself."""
+    """Return this rank's shard of a DTensor, in its own memory; a plain tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    # Not to_local(), which in some versions makes a new tensor of the same memory.
-    part: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    try:
+        part: Any = local_tensor(tensor)
+    except AttributeError:
+        part = None
+    if not isinstance(part, Tensor):
+        part = tensor.to_local()  # type: ignore[attr-defined]
     return part.wait() if hasattr(part, "wait") else part  # type: ignore[no-any-return]
 
 
 def local_shards(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`local_shard` of each."""
+    """Return `local_shard` of each."""
     return [local_shard(t) for t in tensors] if any_dtensor(tensors) else tensors
 
 
 def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
-    """Each part as a DTensor with the placements of its weight, where that is one; no communication."""
+    """Return each part as a DTensor placed as its weight, or as it is for a plain weight. Nothing is communicated."""
     if not any_dtensor(weights):
         return list(parts)
     return [
@@ -54,7 +57,7 @@ def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]
 
 
 def as_placed(tensor: Any, weight: Any) -> Any:
-    """`tensor` with the placements of the DTensor `weight`; itself where it has them, as gradients nearly always do."""
+    """Return `tensor` with the placements of the DTensor `weight`: itself if it has them, as most gradients do."""
     if not is_dtensor(tensor) or tensor.device_mesh != weight.device_mesh:
         raise TypeError(
             f"a .grad of shape {tuple(tensor.shape)} is not a DTensor on the mesh of its weight; "
@@ -65,7 +68,7 @@ def as_placed(tensor: Any, weight: Any) -> Any:
 
 
 def dtensor_problem(tensor: Tensor) -> str | None:
-    """Why a DTensor has no penalty as it is, as the end of a sentence."""
+    """Return why a DTensor can have no penalty as it is, as the end of a sentence, or None."""
     weight: Any = tensor
     if any(placement.is_partial() for placement in weight.placements):
         return (

@@ -1,41 +1,378 @@
-"""Questions that only private names of PyTorch answer; those of the autograd engine are in autograd/engine.py."""
+"""PyTorch's private names, except those of the autograd engine, which are in autograd/engine.py.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Each name is looked up and tried once, at import, so that a call through it costs no more than the name itself: a
+function with the decorator `bound` stands for the object that it returns. Its docstring says what the name promises,
+and what replaces it where it is missing or does something else. Replacements are slower or more cautious, with the
+same results.
+"""
+
+import contextlib
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-try:
-    _TensorGuards: Any = torch._C._dynamo.guards.TensorGuards
-except AttributeError:  # nothing is then found again: slower, and the same numbers
-    _TensorGuards = None
+T = TypeVar("T")
+
+
+def bound(instead: Any) -> Callable[[Callable[[], Any]], Any]:
+    """Replace the decorated function by the object that it returns, or by `instead` if it raises."""
+
+    def bind(look_up: Callable[[], Any]) -> Any:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return look_up()
+        except Exception:  # a private name may change in any way
+            return instead
+
+    return bind
+
+
+def expect(is_as_promised: bool) -> None:
+    """Raise RuntimeError if a private name does not do what it promises."""
+    if not is_as_promised:
+        raise RuntimeError("a private name of PyTorch does something else here")
+
+
+def example(*values: float) -> Tensor:
+    """Return a float32 vector in host memory, whatever the default device and dtype are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+# What tensors and modules are asked for.
+
+
+@bound(None)
+def _TensorGuards() -> Any:  # noqa: N802
+    """`TensorGuards(*tensors, ...).check(*others)` compares metadata in C++; torch.compile relies on it.
+
+    It keeps no tensor alive. Missing: no layout is found again, and every call makes a new one.
+    """
+    guards: Any = torch._C._dynamo.guards.TensorGuards
+    a, b = example(1, 2, 3, 4), example(5, 6)
+    check = guards(a, b, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    expect(check(a, b) is True and check(a.clone(), b.clone()) is True)
+    others = [b, a[::2], a.view(2, 2), a.double(), a.clone().requires_grad_(), nn.Parameter(a, requires_grad=False)]
+    expect(not any(check(other, b) for other in others))
+    return guards
 
 
 def snapshot(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Tells of as many tensors whether kind, dtype, device, shape, strides and requires_grad are still those of these.
+    """Return a function that tells whether as many tensors have the metadata that these have now.
 
-    It keeps none of them alive.
+    Compared are class, dtype, device, shape, strides and requires_grad. No tensor is kept alive.
     """
     if _TensorGuards is None:
         return lambda *others: False
     return _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check  # type: ignore[no-any-return]
 
 
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+@bound(lambda tensor: 0)
+def version() -> Any:
+    """`tensor._version` counts the in-place changes of a tensor's memory; autograd checks saved tensors by it.
+
+    It raises RuntimeError for inference tensors. Missing: 0, and `HAS_VERSIONS` is False. Weights then go through
+    save_for_backward, which raises where one was changed, and kernels read the optimizer's counters at every step.
+    """
+    get = operator.attrgetter("_version")
+    a = example(1)
+    before = get(a)
+    a.view(1).add_(1)
+    expect(type(before) is int and get(a) == before + 1)
+    torch.autograd.graph.increment_version(a)
+    expect(get(a) == before + 2)
+    return get
+
+
+HAS_VERSIONS = isinstance(version, operator.attrgetter)
+
+
+@bound(lambda tensor: tensor.numel() > 0 and tensor.data_ptr() == 0)
+def is_zerotensor() -> Any:
+    """`tensor._is_zerotensor()` tells zeros without memory, which forward-mode differentiation makes.
+
+    Missing: the address 0 tells them.
+    """
+    is_zerotensor: Any = Tensor._is_zerotensor  # type: ignore[attr-defined]
+    expect(is_zerotensor(example(0)) is False)
+    return is_zerotensor
+
+
+@bound(lambda tensor: "Batched")
+def dispatch_keys() -> Any:
+    """`torch._C._dispatch_keys(tensor)` lists "Batched..." under torch.autograd.grad(is_grads_batched=True).
+
+    Missing: every upstream gradient counts as batched, and the gradient is computed by expressions.
+    """
+    keys = str(torch._C._dispatch_keys(example(0)))
+    expect("CPU" in keys and "Batched" not in keys)
+    return torch._C._dispatch_keys
+
+
+# The shard of a DTensor, as FSDP2 reads it. It is not tried here: that would import DTensor, which takes a second.
+# Missing (AttributeError): DTensor.to_local(), which in some versions makes a new tensor of the same memory.
+local_tensor = operator.attrgetter("_local_tensor")
+
+
+class _Contents:
+    """The parameters or the submodules of a module as they are now, by public methods."""
+
+    def __init__(self, module: nn.Module, named: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> None:
+        self._module, self._named = module, named
+
+    def __len__(self) -> int:
+        return len(self.values())
+
+    def values(self) -> list[Any]:
+        return [each for _, each in self._named(self._module)]
+
+
+def _contents_by_public_methods(modules: Sequence[nn.Module]) -> list[Any]:
+    contents = []
+    for module in modules:
+        named_parameters = functools.partial(nn.Module.named_parameters, recurse=False, remove_duplicate=False)
+        contents += [_Contents(module, named_parameters), _Contents(module, nn.Module.named_children)]
+    return contents
+
+
+@bound(_contents_by_public_methods)
+def module_contents() -> Any:
+    """`module._parameters` and `module._modules`, of a list of modules, are dicts of what each module has now.
+
+    Most libraries that replace parameters rely on it. Missing: public methods are called for each module.
+    """
+
+    # Not an attrgetter, which torch.compile cannot trace.
+    def contents_of(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+        return [contents for module in modules for contents in (module._parameters, module._modules)]
+
+    module, child = nn.Module(), nn.Module()
+    parameters, modules = contents_of([module])
+    module.register_parameter("p", parameter := nn.Parameter(example(1)))
+    module.add_module("m", child)
+    expect(parameters["p"] is parameter and modules["m"] is child)
+    module.p = replaced = nn.Parameter(example(2))
+    expect(list(parameters.values()) == [replaced] and list(modules.values()) == [child])
+    return contents_of
+
+
+def shown_by_fsdp(module: nn.Module) -> list[Tensor] | None:
+    """Return the parameters that FSDP2 shows in place of the sharded ones of a `FSDPModule`; None if that is unknown.
+
+    FSDP2 shows them between forward and backward, and has no public way of asking for them. Its own state dicts rely
+    on these names. Missing: None; every parameter that is not a DTensor then counts as one of them.
+    """
+    owner: Any = module
+    shown: list[Tensor] = []
+    try:
+        state = owner._get_fsdp_state()
+        # Older versions have one group at most.
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        for group in groups:
+            if group is None or group.is_sharded:
+                continue
+            for param in group.fsdp_params:
+                shown.append(param._unsharded_param)
+                # There from the first forward pass with reshard_after_forward=<int> on.
+                resharded = getattr(param, "_sharded_post_forward_param", None)
+                if resharded is not None:
+                    shown.append(resharded)
+    except (AttributeError, TypeError):
+        return None
+    return shown
+
+
+# Modes and transforms.
+
+
+@bound(contextlib.nullcontext)
+def no_subclass() -> Any:
+    """`torch._C.DisableTorchFunctionSubclass()` turns `__torch_function__` of tensor subclasses off.
+
+    PyTorch's notes on extending it show it. Missing: subclasses that merely mark their tensors mark the penalty, too.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        pass
+    return torch._C.DisableTorchFunctionSubclass
+
+
+def _try_requires_grad() -> bool | None:
+    try:
+        torch.empty(0, device="cpu").requires_grad_(False)
+    except RuntimeError:
+        return True
+    return None
+
+
+@bound(_try_requires_grad)
+def _transform() -> Any:
+    """`torch._C._functorch.peek_interpreter_stack()` is None unless a torch.func transform is active.
+
+    PyTorch's autograd Functions and custom operators rely on it. Missing: `requires_grad_` is called, which raises
+    inside of every transform.
+    """
+    peek = torch._C._functorch.peek_interpreter_stack
+    expect(peek() is None)
+    return peek
+
+
+def _try_make_dual(module: Any) -> int:
+    try:
+        module.make_dual(example(0), example(0))
+    except RuntimeError:
+        return -1
+    return 0
+
+
+@bound(_try_make_dual)
+def _dual_level() -> Any:
+    """`torch.autograd.forward_ad._current_level` is negative unless forward-mode differentiation is active.
+
+    Missing: `make_dual` is called, which raises outside of it.
+    """
+    level = operator.attrgetter("_current_level")
+    expect(type(level(forward_ad)) is int and level(forward_ad) < 0)
+    return level
+
+
+def _get_proxy_mode(key: Any) -> Any:
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return None if module is None else module.get_proxy_mode()
+
+
+@bound((_get_proxy_mode, None))
+def _dispatch_mode() -> Any:
+    """`torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)` is None unless make_fx traces.
+
+    PyTorch's higher-order operators rely on it. Missing: `get_proxy_mode()`, where its module was imported.
+    """
+    get, proxy = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
+    expect(get(proxy) is None)
+    return get, proxy
+
+
+_get_dispatch_mode, _PROXY = _dispatch_mode
+
+
+@bound(lambda: 1)
+def _n_dispatch_modes() -> Any:
+    """`torch._C._len_torch_dispatch_stack()` is the number of active TorchDispatchModes.
+
+    Missing: one is always assumed, so that no memory is kept between calls.
+    """
+    expect(type(torch._C._len_torch_dispatch_stack()) is int)
+    return torch._C._len_torch_dispatch_stack
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform, forward-mode differentiation or make_fx is active."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    """Return whether a torch.func transform, forward-mode differentiation or make_fx is active."""
+    if _transform() is not None or _dual_level(forward_ad) >= 0:
         return True
-    return torch._C._get_dispatch_mode(_PROXY) is not None and not torch.compiler.is_compiling()
+    return _get_dispatch_mode(_PROXY) is not None and not torch.compiler.is_compiling()
 
 
-# Asked once, while tracing; torch.compiler.assume_constant_result would say so too, but imports the compiler.
+# torch.compile evaluates it once, while it traces. torch.compiler.assume_constant_result would do the same, but imports
+# the compiler. Missing: torch.compile traces the function, and breaks the graph at the C functions in it.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_under_a_mode() -> bool:
-    """Whether a TorchDispatchMode or a torch.func transform is active, which must not meet kept tensors."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Return whether a TorchDispatchMode or a torch.func transform is active, which must not meet kept tensors."""
+    return _n_dispatch_modes() > 0 or _transform() is not None
+
+
+# Operators.
+
+
+def _add_each(targets: Sequence[Tensor], others: Any) -> None:
+    each = others if isinstance(others, Sequence) else [others] * len(targets)
+    for target, other in zip(targets, each, strict=True):
+        target.add_(other)
+
+
+@bound(_add_each)
+def foreach_add_() -> Any:
+    """`torch._foreach_add_(tensors, other)` adds one number, or a number or a tensor for each, in one operator call.
+
+    torch.optim relies on it. Missing: one call for each tensor.
+    """
+    a, b = example(1), example(2)
+    for other in (1, [1.0, 2.0], [example(0.5), example(0.25)]):
+        torch._foreach_add_([a, b], other)  # type: ignore[arg-type]
+    expect(a.item() == 3.5 and b.item() == 5.25)
+    return torch._foreach_add_
+
+
+def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+@bound(_copy_each)
+def foreach_copy_() -> Any:
+    """`torch._foreach_copy_(targets, sources)` copies each source to its target, of any dtype, in one operator call.
+
+    torch.optim relies on it. Missing: one call for each tensor.
+    """
+    a, b = example(0), example(0).double()
+    torch._foreach_copy_([a, b], [example(1.5).half(), example(2.5)])
+    expect(a.item() == 1.5 and b.item() == 2.5)
+    return torch._foreach_copy_
+
+
+@bound(None)
+def fused_sgd_() -> Any:
+    """`torch._fused_sgd_` makes steps of torch.optim.SGD(fused=True).
+
+    With a buffer b it computes b = momentum * b + (1 - dampening) * grad and w -= lr * b. Missing: expressions.
+    """
+    w, buffer = example(1), example(1)
+    torch._fused_sgd_(
+        [w], [example(2)], [buffer], weight_decay=1.0, momentum=0.5, lr=1.0, dampening=0.5, nesterov=False,
+        maximize=False, is_first_step=False, grad_scale=None,
+    )  # fmt: skip
+    expect(buffer.item() == 2 and w.item() == -1)
+    return torch._fused_sgd_
+
+
+def _check_fused_adam(step: Any, expected: float) -> Any:
+    w, first, second = example(1), example(0), example(0)
+    step(
+        [w], [example(1)], [first], [second], [], [example(1)[0]], lr=0.5, beta1=0.5, beta2=0.75, weight_decay=0.5,
+        eps=0.0, amsgrad=False, maximize=False, grad_scale=None,
+    )  # fmt: skip
+    expect(abs(w.item() - expected) < 1e-6)
+    return step
+
+
+@bound(None)
+def fused_adam_() -> Any:
+    """`torch._fused_adam_` makes steps of torch.optim.Adam(fused=True). Missing: expressions."""
+    return _check_fused_adam(torch._fused_adam_, 0.5)
+
+
+@bound(None)
+def fused_adamw_() -> Any:
+    """`torch._fused_adamw_` makes steps of torch.optim.AdamW(fused=True). Missing: expressions."""
+    return _check_fused_adam(torch._fused_adamw_, 0.25)
+
+
+HAS_FUSED_STEPS = None not in (fused_sgd_, fused_adam_, fused_adamw_)
+
+
+# Optimizers.
+
+
+def unscales_gradients(optimizer_class: type[T]) -> type[T]:
+    """Decorate an optimizer: tell GradScaler to leave unscaling, and the check for infinities, to its steps.
+
+    `_step_supports_amp_scaling` does, as for torch.optim.Adam(fused=True). Where GradScaler looks for another name, it
+    does both itself, in one more pass over the gradients and with a wait for the device.
+    """
+    optimizer_class._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    return optimizer_class

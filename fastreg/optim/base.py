@@ -12,6 +12,7 @@ from fastreg.core.checks import Impl, check_impl, check_kinds, warn_user
 from fastreg.core.dtensor import any_dtensor
 from fastreg.core.penalty import Strength, add_results
 from fastreg.core.strengths import check_strength, checked, penalty_of_groups
+from fastreg.core.torch_private import unscales_gradients
 from fastreg.core.types import Mode, Request, Settings, Update, Want, Work
 from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.params import check_keys
@@ -41,10 +42,10 @@ class Plan(NamedTuple):
     kinds: list[Kind]
 
 
+@unscales_gradients
 class Penalized(Optimizer):
     """A mixin before one of torch.optim's classes."""
 
-    _step_supports_amp_scaling = True  # GradScaler then leaves the division and the check for infinities to the step
     _plan: Plan | None = None
     _track = False
     _impl: Impl = None

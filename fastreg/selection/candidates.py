@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastreg.core.torch_private import module_contents
+
 
 class HeldCandidates:
     """Keeps tensors, and what is in their modules, alive."""
 
     def __init__(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
         self.tensors = tensors
-        self._contents = _contents(modules)
+        self._contents = module_contents(modules)
         self._sizes = list(map(len, self._contents))
         self._filled = [each for each in self._contents if each]
         self._values = list(_values(self._filled))
@@ -42,7 +44,7 @@ class RememberedCandidates:
         modules: list[Any] = [reference() for reference in self._modules]
         if modules[0] is not params or any(map(operator.is_, modules, repeat(None))):
             return None
-        values = list(_values(_contents(modules)))
+        values = list(_values(module_contents(modules)))
         return list(map(values.__getitem__, self._places)) if list(map(id, values)) == self._ids else None
 
 
@@ -53,17 +55,13 @@ def remembered_candidates(
     if not isinstance(params, nn.Module):
         just_tensors = len(tensors) == len(params) and all(map(operator.is_, tensors, params))
         return RememberedCandidates([], [], []) if just_tensors else None
-    ids = list(map(id, _values(_contents(modules))))
+    ids = list(map(id, _values(module_contents(modules))))
     place = {each: i for i, each in enumerate(ids)}
     own = type(params)
     is_usual = own.named_parameters is nn.Module.named_parameters and own.named_modules is nn.Module.named_modules
     if not is_usual or not all(id(t) in place for t in tensors):
         return None
     return RememberedCandidates(modules, ids, [place[id(t)] for t in tensors])
-
-
-def _contents(modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
-    return [contained for module in modules for contained in (module._parameters, module._modules)]
 
 
 def _values(contents: Sequence[dict[str, Any]]) -> Iterator[Any]:

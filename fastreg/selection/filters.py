@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.core.checks import warn_user
+from fastreg.core.torch_private import module_contents
 from fastreg.selection.params import Candidate
 
 Predicate: TypeAlias = Callable[[str, Tensor], bool]
@@ -95,7 +96,8 @@ def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
                 f"{which} selects by the module that owns a parameter, but params holds no module; pass it"
             )
         owners = [m for m in modules if isinstance(m, pattern)]
-        owned = dict.fromkeys(p for m in owners for p in m._parameters.values())  # by identity, as tensors are hashed
+        parameters = module_contents(owners)[::2]
+        owned = dict.fromkeys(p for each in parameters for p in each.values())  # by identity, as tensors are hashed
         return lambda name, param: param in owned
     if isinstance(pattern, (str, re.Pattern)):
         search = re.compile(pattern).search

@@ -14,6 +14,7 @@ from fastreg.blocks.sweep import block_sweep
 from fastreg.core.checks import check_kinds
 from fastreg.core.layout import find_layout, is_dense, store_layout
 from fastreg.core.penalty import Measure, moved
+from fastreg.core.torch_private import is_zerotensor, no_subclass
 from fastreg.core.types import Mode, Request, Want, Work
 
 
@@ -33,7 +34,7 @@ def local_sweep(work: Work, request: Request) -> Measure | None:
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     measures: list[Measure | None] = []
     # Tensor subclasses that merely mark their tensors would mark the value too.
-    with torch._C.DisableTorchFunctionSubclass():
+    with no_subclass():
         for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
             if len(backends) == 1:
                 measures.append(backend(parts, dense, staged))
@@ -121,7 +122,7 @@ def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure
 
 def _is_lazy(tensor: Tensor) -> bool:
     """Whether the values are not those in memory: negated by a bit, or zeros that were never written."""
-    return tensor.is_neg() or tensor._is_zerotensor()  # type: ignore[attr-defined]
+    return tensor.is_neg() or is_zerotensor(tensor)
 
 
 def _stage(grad: Tensor, weight: Tensor, is_read: bool) -> Tensor:
