@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 
 def bound(instead: Any) -> Callable[[Callable[[], Any]], Any]:
-    """Replace the decorated function by the object that it returns, or by `instead` if it raises."""
+    """Replace the decorated function by the object that it returns, or by `instead` if it raises.
+
+    It may also raise if the library is first imported inside a torch.func transform or under a TorchDispatchMode.
+    """
 
     def bind(look_up: Callable[[], Any]) -> Any:
         try:

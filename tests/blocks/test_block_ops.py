@@ -35,7 +35,7 @@ def test_strengths_that_a_fused_optimizer_cannot_take(l1: float, l2: float) -> N
 def test_where_pytorch_has_no_fused_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     w, other = (leaf(torch.randn(BLOCK + 5, generator=torch.Generator().manual_seed(0))) for _ in range(2))
     fastreg.add_elastic_grad_([w], L1, L2)
-    monkeypatch.setattr(penalty, "_HAS_FUSED_SGD", False)
+    monkeypatch.setattr(penalty, "fused_sgd_", None)
     fastreg.add_elastic_grad_([other], L1, L2)
     assert w.grad is not None
     assert other.grad is not None
