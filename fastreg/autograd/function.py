@@ -38,7 +38,8 @@ _TWICE = (
     "twice; leave it out of the loss (reg.last has its value), or remove() the attachment"
 )
 _FIRST = 2  # the place of the first strength among the inputs of the Function; weights follow the strengths
-_NOTHING = torch.empty(0, device="cpu")
+with torch.inference_mode(False):  # fastreg may be imported in inference mode, and is used outside of it
+    _NOTHING = torch.empty(0, device="cpu")
 _IS_LEAF = operator.attrgetter("is_leaf")
 
 
