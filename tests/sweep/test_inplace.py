@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastreg
-from fastreg.core.types import Strengths, Work
-from fastreg.sweep.prox import apply_prox
+from fastreg.core.types import Work
+from fastreg.formulas.penalty import ElasticNetPenalty
+from fastreg.sweep.prox import apply_prox_of_groups
 from tests import oracle
 from tests.support.cases import BLOCK, CASES, DTYPES, GRADS, INF, L1, L2, LR, NAN, leaf, make, mixed_model
 from tests.support.helpers import Path, assert_gradient, assert_value, bits, memory, naming, outside, prox_ulps, slack
@@ -320,10 +321,10 @@ def test_steps_that_are_tensors(path: Path) -> None:
     weights = [torch.randn(n, device=device) for n in (5, 3000, 7)]
     before = [w.clone() for w in weights]
     steps = [torch.tensor(s, device=device) for s in (0.5, 0.5, 0.125)]
-    work = Work("abc", weights, [0, 0, 0], 1, Strengths(L1, L2), impl)
-    found = apply_prox(work, steps, [0, 1, 2], with_value=True)
+    work = Work("abc", weights, [0, 0, 0], 1, ElasticNetPenalty((L1, L2)), impl)
+    found = apply_prox_of_groups(work, steps, [0, 1, 2])
     assert found is not None
-    assert found.penalty.total.item() == pytest.approx(oracle.penalty(before, L1, L2)[0], rel=1e-6)
+    assert found.total.item() == pytest.approx(oracle.penalty(before, L1, L2)[0], rel=1e-6)
     for w, old, step in zip(weights, before, steps, strict=True):
         assert oracle.ulp_distance(w, oracle.prox(old, L1, L2, float(step))) <= 2
 
