@@ -10,8 +10,21 @@ from torch import Tensor
 
 from fastreg.blocks import plan
 from fastreg.core.layout import Layout, forget_layouts
-from fastreg.core.types import UNSCALED, Mode, Scale, Settings, Strength, Strengths, Update, Work
-from fastreg.formulas.steps import STEPS
+from fastreg.core.types import (
+    COUNTING,
+    STATES,
+    STEPS,
+    UNSCALED,
+    AdamSettings,
+    ElementwiseProxSettings,
+    Mode,
+    Scale,
+    SGDSettings,
+    StepInputs,
+    Strength,
+    Strengths,
+    Work,
+)
 from fastreg.sweep.local import local_sweep
 
 try:
@@ -20,8 +33,13 @@ try:
 except ImportError:  # there is no Triton for this machine
     kernels = launch = tables = None  # type: ignore[assignment]
 
-# Tensors beside a weight and its gradient. Alone, Adam's second moment counts as the second of its states.
-STATES = {Mode.SGD: 0, Mode.MOMENTUM: 1, Mode.ADAM: 2, Mode.AMSGRAD: 3, Mode.ADAM_PROX: 2}
+SETTINGS = {
+    Mode.SGD: SGDSettings,
+    Mode.MOMENTUM: SGDSettings,
+    Mode.ADAM: AdamSettings,
+    Mode.AMSGRAD: AdamSettings,
+    Mode.ELEMENTWISE_PROX: ElementwiseProxSettings,
+}
 
 __all__ = ["STEPS", "UNSCALED", "Mode", "Scale", "Strength"]
 
@@ -38,15 +56,15 @@ def launch_kernels(weights: Sequence[Tensor], mode: Mode, strength: Strength, sc
     groups = [0] * (len(weights) - 1) + [int(len(weights) > 1)]
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
-    update = None
-    if mode is Mode.ADAM_PROX or mode in STEPS:
-        states = (weights, weights, weights)[: STATES[mode]]
-        steps = [torch.zeros((), device=weights[0].device)] * len(weights) if STATES[mode] > 1 else None
-        update = Update([Settings(1.0)] * (max(groups) + 1), (*states, None, None, None)[:3], steps)
-    grads = weights if mode not in (Mode.VALUE, Mode.PROX, Mode.ADAM_PROX) else None
+    step = None
+    if mode in STATES:
+        states = dict.fromkeys(STATES[mode], weights)
+        counts = [torch.zeros((), device=weights[0].device)] * len(weights) if mode in COUNTING else None
+        step = StepInputs([SETTINGS[mode](1.0)] * (max(groups) + 1), states, counts)
+    grads = weights if mode not in (Mode.VALUE, Mode.PROX, Mode.ELEMENTWISE_PROX) else None
     work = Work([], weights, groups, max(groups) + 1, Strengths(strength, strength), "triton")
     dtype = layout.value_dtype if with_value else None
-    return launch.kernel_sweep(parts, mode, work, grads, scale, dtype, update=update)
+    return launch.kernel_sweep(parts, mode, work, grads, scale, dtype, update=step)
 
 
 def launch_sizes(weights: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -19,10 +19,10 @@ from bench.gpus import ARCHITECTURES, GPU, GPUS, LANES, LATENCY, Architecture
 from bench.internals import Mode
 from bench.results import table
 
-STEPS = ("adam-prox", "sgd", "momentum", "adam", "amsgrad", "adam-value")
+STEPS = ("elementwise-prox", "sgd", "momentum", "adam", "amsgrad", "adam-value")
 MODES = ("value", "gradient", "accumulate", "accumulate-scaled", "prox", "prox-value", *STEPS)
 # Numbers that are read for each weight.
-READS = {Mode.ACCUMULATE: 2, Mode.ADAM_PROX: 2, Mode.SGD: 2, Mode.MOMENTUM: 3, Mode.ADAM: 4, Mode.AMSGRAD: 5}
+READS = {Mode.ACCUMULATE: 2, Mode.ELEMENTWISE_PROX: 2, Mode.SGD: 2, Mode.MOMENTUM: 3, Mode.ADAM: 4, Mode.AMSGRAD: 5}
 NARROW = ("fp32", "bf16", "fp16")  # float64 weights need float64 arithmetic
 CHUNKS = (2048, 4096, 8192)
 TIMES = ("memory", "issue", "FP32", "multiply", "compare", "16-bit", "convert", "float64", "latency")

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.core.layout import Part
-from fastreg.core.types import Grads, Measure, Mode, Scale, Update, Work
+from fastreg.core.types import Grads, Measure, Mode, Scale, StepInputs, Work
 from fastreg.kernels.finish import _finish_kernel
 from fastreg.kernels.sweep import _sweep_kernel
 from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
@@ -40,7 +40,7 @@ def kernel_sweep(
     scale: Scale,
     value_dtype: torch.dtype | None,
     with_terms: bool = True,
-    update: Update | None = None,
+    update: StepInputs | None = None,
 ) -> Measure | None:
     """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
 
@@ -92,7 +92,7 @@ def kernel_sweep(
         of_step, counters = _NO_STEP, None
         if update is not None:
             states = pointers.of_states(update)
-            if update.steps is not None and mode is not Mode.ADAM_PROX:
+            if update.steps is not None and mode is not Mode.ELEMENTWISE_PROX:
                 counters = pointers.counters(update.steps)
             of_step = {
                 "settings": settings,

@@ -15,7 +15,7 @@ from fastreg.blocks.steps import take_block_steps
 from fastreg.core.dtypes import accumulate_dtype
 from fastreg.core.layout import Part
 from fastreg.core.torch_private import is_under_a_mode
-from fastreg.core.types import Grads, Measure, Mode, Scale, Update, Work
+from fastreg.core.types import Grads, Measure, Mode, Scale, StepInputs, Work
 from fastreg.formulas.penalty import weighted_terms
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -29,7 +29,7 @@ def block_sweep(
     scale: Scale,
     value_dtype: torch.dtype | None,
     with_terms: bool = True,
-    update: Update | None = None,
+    update: StepInputs | None = None,
 ) -> Measure | None:
     """One sweep over the parts of one device.
 

@@ -12,12 +12,11 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from fastreg.core.checks import warn_user
 from fastreg.core.types import UNSCALED, Measure, Scale, Work, together
-from fastreg.optim.adam import adam_update
 from fastreg.optim.base import Penalized
-from fastreg.optim.step_size import check_metric, is_elementwise, step_sizes
+from fastreg.optim.step_size import check_metric, elementwise_inputs, is_elementwise, step_sizes
 from fastreg.sweep.dispatch import measure
 from fastreg.sweep.gradient import add_gradient
-from fastreg.sweep.prox import apply_adam_prox, apply_prox
+from fastreg.sweep.prox import apply_elementwise_prox, apply_prox
 
 # By optimizer, to notice two penalties on the same weights.
 _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
@@ -174,7 +173,7 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) ->
         return moving if resting is None or moving is None else together(resting, moving)
     if not is_adam:
         return apply_prox(work, step_sizes(optimizer, metric), groups, with_value=True)
-    return apply_adam_prox(*adam_update(optimizer, work, groups))
+    return apply_elementwise_prox(*elementwise_inputs(optimizer, work, groups))
 
 
 def check_mode(mode: str, metric: str | None) -> None:

@@ -3,7 +3,7 @@
 from fastreg.sweep.dispatch import measure, sweep_for
 from fastreg.sweep.gradient import add_gradient
 from fastreg.sweep.local import local_sweep
-from fastreg.sweep.prox import apply_adam_prox, apply_prox
+from fastreg.sweep.prox import apply_elementwise_prox, apply_prox
 from fastreg.sweep.sharded import Ownership, sharded_sweep
 from fastreg.sweep.steps import StepWork, apply_steps
 from fastreg.sweep.traced import traced_sweep
@@ -12,7 +12,7 @@ __all__ = [
     "Ownership",
     "StepWork",
     "add_gradient",
-    "apply_adam_prox",
+    "apply_elementwise_prox",
     "apply_prox",
     "apply_steps",
     "local_sweep",

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastreg.blocks.sweep import block_sweep
 from fastreg.core.checks import check_kinds
 from fastreg.core.layout import find_layout, is_dense, store_layout
-from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Update, Work
+from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, StepInputs, Work
 from fastreg.formulas.penalty import weighted_terms
 
 
@@ -26,7 +26,7 @@ def local_sweep(
     with_value: bool = True,
     with_terms: bool = True,
     is_accepted: bool = False,
-    update: Update | None = None,
+    update: StepInputs | None = None,
 ) -> Measure | None:
     """Visits every element of `work.weights`, which are plain tensors of any strides, once. To be called under no_grad.
 
@@ -77,7 +77,7 @@ def local_sweep(
     if dense is not work and (mode is Mode.PROX or update is not None):
         _copy_back(dense.weights, work.weights)
     if update is not None and staged_update is not None and staged_update is not update:
-        if mode is not Mode.ADAM_PROX:
+        if mode is not Mode.ELEMENTWISE_PROX:
             _copy_back(staged_update.tensors(), update.tensors())
     elif update is None and staged is not None and grads is not None and staged is not grads:
         _copy_back(staged, grads)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastreg.core.dtensor import local_shard, local_shards
 from fastreg.core.strengths import per_group
-from fastreg.core.types import Measure, Mode, Scale, Strength, Strengths, Update, Work
+from fastreg.core.types import Measure, Mode, Scale, StepInputs, Strength, Strengths, Work
 from fastreg.formulas.penalty import weighted_terms
 from fastreg.sweep.dispatch import sweep_for
 from fastreg.sweep.inplace import check_writable, mark_changed
@@ -55,11 +55,11 @@ def _columns(pairs: Sequence[tuple[Strength, Strength]], device: torch.device) -
     return Strengths(*(per_group(column, device, "lr") for column in zip(*pairs, strict=True)))
 
 
-def apply_adam_prox(work: Work, update: Update) -> Measure | None:
-    """Shrinks the weights by the step sizes of Adam, each element by its own; the value is that before it."""
+def apply_elementwise_prox(work: Work, update: StepInputs) -> Measure | None:
+    """Shrink each element by a step size of its own; return the value of the penalty before that."""
     if work.layout is None or not work.layout.may_be_written:
         for name, w in zip(work.names, work.weights, strict=True):
             check_writable(local_shard(w), f"parameter {name!r}")
-    found = sweep_for(work)(work, Mode.ADAM_PROX, update=update)
+    found = sweep_for(work)(work, Mode.ELEMENTWISE_PROX, update=update)
     mark_changed(work, work.weights)
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastreg.core.dtensor import is_dtensor, local_shards
 from fastreg.core.dtypes import value_dtype
 from fastreg.core.strengths import per_group
-from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Strengths, Update, Work
+from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, StepInputs, Strengths, Work
 from fastreg.formulas.penalty import weighted_terms
 from fastreg.sweep.local import local_sweep
 
@@ -80,7 +80,7 @@ def sharded_sweep(
     grads: Grads = None,
     with_value: bool = True,
     with_terms: bool = True,
-    update: Update | None = None,
+    update: StepInputs | None = None,
 ) -> Measure | None:
     """`local_sweep` of this rank's shards, with the value of all ranks', or its own if not `work.all_reduce`.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastreg.core.dtensor import as_placed, is_dtensor, local_shard
 from fastreg.core.layout import find_layout
-from fastreg.core.types import Measure, Mode, Update, Work
+from fastreg.core.types import Measure, Mode, StepInputs, Work
 from fastreg.sweep.dispatch import sweep_for
 from fastreg.sweep.inplace import check_writable, mark_changed
 from fastreg.sweep.local import local_sweep
@@ -20,7 +20,7 @@ class StepWork(NamedTuple):
     work: Work
     mode: Mode
     grads: list[Tensor]
-    update: Update
+    update: StepInputs
 
 
 def apply_steps(all_works: Sequence[StepWork], *, with_value: bool = False) -> list[Measure | None]:
@@ -55,8 +55,8 @@ def apply_steps(all_works: Sequence[StepWork], *, with_value: bool = False) -> l
     return found
 
 
-def _check_step(work: Work, grads: Sequence[Tensor], update: Update) -> None:
-    states = [state for state in update.states if state is not None]
+def _check_step(work: Work, grads: Sequence[Tensor], update: StepInputs) -> None:
+    states = list(update.states.values())
     for i, (name, w, grad) in enumerate(zip(work.names, work.weights, grads, strict=True)):
         check_writable(local_shard(w), f"parameter {name!r}")
         if grad.layout != torch.strided:

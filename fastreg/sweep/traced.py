@@ -13,7 +13,7 @@ from fastreg.core.checks import check_kinds
 from fastreg.core.dtensor import hides_dtensor
 from fastreg.core.dtypes import value_dtype
 from fastreg.core.torch_private import is_transformed
-from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, Strength, Update, Work
+from fastreg.core.types import UNSCALED, Grads, Measure, Mode, Scale, StepInputs, Strength, Work
 from fastreg.formulas import penalty as formulas
 from fastreg.formulas.steps import take_steps
 from fastreg.sweep.local import backend_for
@@ -28,7 +28,7 @@ def traced_sweep(
     grads: Grads = None,
     with_value: bool = True,
     with_terms: bool = True,
-    update: Update | None = None,
+    update: StepInputs | None = None,
 ) -> Measure | None:
     """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
