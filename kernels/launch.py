@@ -44,7 +44,7 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
         # Triton launches on the current device.
         with torch.cuda.device(device):
             return kernel_sweep(parts, work, request)
-    mode, grads, update, penalty = request.mode, request.grads, request.step, work.penalty
+    mode, grads, step, penalty = request.mode, request.grads, request.step, work.penalty
     value_dtype: Any = None
     if request.want is not Want.NOTHING and work.layout is not None:
         value_dtype = work.layout.value_dtype
@@ -71,25 +71,25 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
     sums = None if value_dtype is None else torch.empty((n_groups + n_chunks, 2), dtype=torch.float64, device=device)
     next_partial = partials = 0 if sums is None else sums.data_ptr() + n_groups * _ROW_BYTES
     settings, lr, grad_scale, found_inf = 0, 1.0, None, None
-    if update is not None:
-        settings_of_groups, lr = settings_table(update.settings, device)
+    if step is not None:
+        settings_of_groups, lr = settings_table(step.settings, device)
         settings = settings_of_groups.data_ptr()
-        if update.grad_scale is not None:
-            grad_scale = update.grad_scale.to(device, torch.float32, non_blocking=True)
-        if update.found_inf is not None:
-            found_inf = update.found_inf.to(device, torch.float32, non_blocking=True)
+        if step.grad_scale is not None:
+            grad_scale = step.grad_scale.to(device, torch.float32, non_blocking=True)
+        if step.found_inf is not None:
+            found_inf = step.found_inf.to(device, torch.float32, non_blocking=True)
     for part, pointers, table in tables:
         grad_table, grad_distance = (None, 0) if grads is None else pointers.of_gradients(grads)
         target = pointers.target
         lanes = NUM_WARPS * target.threads_per_warp
-        block = BLOCK if update is None else STEP_ELEMENTS * lanes
+        block = BLOCK if step is None else STEP_ELEMENTS * lanes
         # A value in float64, of models with any such weights, deserves sums in float64.
         sum_dtype = target.sum_dtype if value_dtype is torch.float32 else value_dtype
         of_step, counters = _NO_STEP, None
-        if update is not None:
-            states = pointers.of_states(update)
-            if update.steps is not None and mode is not Mode.ADAM_PROX:
-                counters = pointers.counters(update.steps)
+        if step is not None:
+            states = pointers.of_states(step)
+            if step.steps is not None and mode is not Mode.ELEMENTWISE_PROX:
+                counters = pointers.counters(step.steps)
             of_step = {
                 "settings": settings,
                 "lr": lr,

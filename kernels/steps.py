@@ -9,30 +9,71 @@ import triton.language as tl
 
 from fastreg.kernels.penalty import _prox, _signed
 
-# Columns of the settings, as `fastreg.core.types.Settings` has them.
-LR, WEIGHT_DECAY, IS_DECOUPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-GRAD_L1, GRAD_L2, PROX_L1, PROX_L2 = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
-FIRST, SECOND, THIRD, STEP = tl.constexpr(7), tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
-REACH = tl.constexpr(11)
-SETTINGS_COLUMNS = tl.constexpr(12)
+
+@triton.constexpr_function
+def _states(mode):
+    """Return the names of the states that `mode` reads, as fastreg.core.types.STATES has them; none without a step."""
+    states = {
+        "sgd": (),
+        "momentum": ("momentum_buffer",),
+        "adam": ("exp_avg", "exp_avg_sq"),
+        "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        "elementwise_prox": ("square",),
+    }
+    if mode not in states and mode not in ("value", "gradient", "rescale", "accumulate", "prox"):
+        raise ValueError(f"no kernel makes a step of mode {mode!r}")
+    return states.get(mode, ())
+
+
+@triton.constexpr_function
+def _columns(mode):
+    """Return the columns of the settings of `mode`: the fields of its settings in fastreg.core.types."""
+    of_every_step = ("lr", "weight_decay", "is_decoupled", "l1", "l2", "prox_l1", "prox_l2")
+    adam = (*of_every_step, "beta1", "beta2", "eps", "reach")
+    sgd = (*of_every_step, "momentum", "dampening", "nesterov")
+    elementwise_prox = ("lr", "prox_l1", "prox_l2", "beta2", "eps", "reach", "steps_made")
+    return {"sgd": sgd, "momentum": sgd, "adam": adam, "amsgrad": adam, "elementwise_prox": elementwise_prox}[mode]
+
+
+@triton.constexpr_function
+def _column(mode, name):
+    """Return the number of a column, or -1 if `mode` has no such column."""
+    return _columns(mode).index(name) if name in _columns(mode) else -1
+
+
+@triton.constexpr_function
+def _n_columns(mode):
+    return len(_columns(mode))
 
 
 @triton.constexpr_function
 def _is_step(mode):
-    """Whether `mode` is a whole step of an optimizer."""
+    """Return whether `mode` is an optimizer's whole step, which reads gradients and writes its states."""
     return mode in ("sgd", "momentum", "adam", "amsgrad")
 
 
 @triton.constexpr_function
+def _has_settings(mode):
+    """Return whether `mode` reads settings and states: a whole step, or a proximal step with elementwise sizes."""
+    return mode in ("sgd", "momentum", "adam", "amsgrad", "elementwise_prox")
+
+
+@triton.constexpr_function
+def _counts_steps(mode):
+    """Return whether each weight has a counter of its steps, which the kernel increments."""
+    return mode in ("adam", "amsgrad")
+
+
+@triton.constexpr_function
 def _has_grad(mode):
-    """Whether there are gradients beside the weights."""
+    """Return whether there are gradients beside the weights."""
     return mode in ("gradient", "rescale", "accumulate", "sgd", "momentum", "adam", "amsgrad")
 
 
 @triton.constexpr_function
 def _has_state(mode, number):
-    """Whether `mode` has the momentum buffer or first moment (1), the second moment (2), the largest of those (3)."""
-    return number in {"momentum": (1,), "adam": (1, 2), "amsgrad": (1, 2, 3), "adam_prox": (2,)}.get(mode, ())
+    """Return whether `mode` reads that many states or more."""
+    return number <= len(_states(mode))
 
 
 @triton.constexpr_function
@@ -65,32 +106,42 @@ def _power(base, exponent):
 
 
 @triton.jit
+def _setting(row, MODE: tl.constexpr, NAME: tl.constexpr):
+    """The number in the column NAME of the settings at `row`; 0 if MODE has no such column."""
+    COLUMN: tl.constexpr = _column(MODE, NAME)
+    number = tl.full((), 0.0, tl.float64)
+    if COLUMN >= 0:
+        number = tl.load(row + COLUMN)
+    return number
+
+
+@triton.jit
 def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, DTYPE: tl.constexpr, COMPUTE: tl.constexpr):
-    """What a step needs of the settings at `row`, in two tuples: what all optimizers have, and their own numbers."""
-    lr = lr * tl.load(row + LR)
-    decay = tl.load(row + WEIGHT_DECAY)
-    is_decoupled = tl.load(row + IS_DECOUPLED)
-    prox_l1, prox_slope = lr * tl.load(row + PROX_L1), 2 * lr * tl.load(row + PROX_L2)
+    """The numbers of a step, formed from the settings at `row`, in two tuples: for all modes, and for this one."""
+    lr = lr * _setting(row, MODE, "lr")
+    decay = _setting(row, MODE, "weight_decay")
+    is_decoupled = _setting(row, MODE, "is_decoupled")
+    prox_l1, prox_slope = lr * _setting(row, MODE, "prox_l1"), 2 * lr * _setting(row, MODE, "prox_l2")
     shrinks = (prox_l1 != 0) | (prox_slope != 0)
-    first, second, third = tl.load(row + FIRST), tl.load(row + SECOND), tl.load(row + THIRD)
     if MODE == "sgd" or MODE == "momentum":
-        # momentum, 1 - dampening, whether it is Nesterov's
-        own = (lr.to(COMPUTE), first.to(COMPUTE), (1 - second).to(COMPUTE), third != 0)
+        momentum, dampening = _setting(row, MODE, "momentum"), _setting(row, MODE, "dampening")
+        nesterov = _setting(row, MODE, "nesterov")
+        own = (lr.to(COMPUTE), momentum.to(COMPUTE), (1 - dampening).to(COMPUTE), nesterov != 0)
         prox_slope = 1 / (1 + prox_slope)
     else:
-        # step size, 1 - beta1, beta2, 1 - beta2, factor on the root of the second moment, eps, and of the proximal step
-        # the furthest that it may go and whether this is a first step
-        size = lr / (1 - _power(first, step))
-        root = 1 / tl.sqrt(1 - _power(second, step))
-        moments = ((1 - first).to(COMPUTE), second.to(COMPUTE), (1 - second).to(COMPUTE))
-        # The factor is what roundings add, as `fastreg.formulas.steps.with_rounding` has it.
-        reach = lr * tl.load(row + REACH) * (1 + 8 * _epsilon(COMPUTE) + _epsilon(DTYPE))
+        beta1, beta2 = _setting(row, MODE, "beta1"), _setting(row, MODE, "beta2")
+        eps = _setting(row, MODE, "eps")
+        size = lr / (1 - _power(beta1, step))
+        root = 1 / tl.sqrt(1 - _power(beta2, step))  # a factor on the root of the second moment
+        moments = ((1 - beta1).to(COMPUTE), beta2.to(COMPUTE), (1 - beta2).to(COMPUTE))
+        # The last factor is for rounding, as in `fastreg.formulas.steps.with_rounding`.
+        reach = lr * _setting(row, MODE, "reach") * (1 + 8 * _epsilon(COMPUTE) + _epsilon(DTYPE))
         bound = (reach.to(COMPUTE), step == 1)
-        own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), third.to(COMPUTE), bound)
+        own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), eps.to(COMPUTE), bound)
     common = (
         (1 / grad_scale).to(COMPUTE),
-        tl.load(row + GRAD_L1).to(COMPUTE),
-        (2 * tl.load(row + GRAD_L2) + decay * (1 - is_decoupled)).to(COMPUTE),
+        _setting(row, MODE, "l1").to(COMPUTE),
+        (2 * _setting(row, MODE, "l2") + decay * (1 - is_decoupled)).to(COMPUTE),
         (1 - lr * decay * is_decoupled).to(COMPUTE),
         shrinks,
         prox_l1.to(COMPUTE),
@@ -100,10 +151,10 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, DTYPE: tl.constexpr, CO
 
 
 @triton.jit
-def _prox_by(w, square, denominator, prox_l1, prox_slope, bound, DTYPE: tl.constexpr):
+def _prox_elementwise(w, square, denominator, prox_l1, prox_slope, bound, DTYPE: tl.constexpr):
     """The proximal step of size lr / denominator, for strengths that carry lr.
 
-    It goes no further than steps of Adam can, and on a first step nowhere where the second moment is 0.
+    No element moves further than the reach, and on a first step those whose square is 0 do not move.
     """
     reach, is_first = bound
     ones = tl.full(w.shape, 1.0, w.dtype)
@@ -119,14 +170,22 @@ def _prox_by(w, square, denominator, prox_l1, prox_slope, bound, DTYPE: tl.const
 
 @triton.jit
 def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE: tl.constexpr):
-    """The weights and up to three states after a step: the momentum buffer, or the moments and the largest second one.
+    """The weights and up to three states after a step, the states in the order of `_states`.
 
-    `grad` is that of the data; what the optimizer does not have comes back as it was.
+    `grad` is the gradient of the data. States that MODE does not change come back as they were.
     """
+    if MODE == "elementwise_prox":
+        denominator = _root(first, DTYPE) * own[4] + own[5]
+        w = _prox_elementwise(w, first, denominator, common[5], common[6], own[6], DTYPE)
+    else:
+        w, first, second, third = _optimizer_step(w, grad, first, second, third, common, own, MODE, DTYPE)
+    return w, first, second, third
+
+
+@triton.jit
+def _optimizer_step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE: tl.constexpr):
+    """The same for the modes that `_is_step` names."""
     inverse_scale, l1, slope, kept, shrinks, prox_l1, prox_slope = common
-    if MODE == "adam_prox":
-        denominator = _root(second, DTYPE) * own[4] + own[5]
-        return _prox_by(w, second, denominator, prox_l1, prox_slope, own[6], DTYPE), first, second, third
     grad = grad * inverse_scale + _signed(w, l1)
     if slope != 0:  # infinity times 0 would be NaN
         grad += slope * w
@@ -152,5 +211,5 @@ def _step(w, grad, first, second, third, common, own, MODE: tl.constexpr, DTYPE:
         denominator = _root(used, DTYPE) * root + eps
         w -= _quotient(size * first, denominator, DTYPE)
         if shrinks:
-            w = _prox_by(w, used, denominator, prox_l1, prox_slope, bound, DTYPE)
+            w = _prox_elementwise(w, used, denominator, prox_l1, prox_slope, bound, DTYPE)
     return w, first, second, third

@@ -10,7 +10,17 @@ import triton.language as tl
 
 from fastreg.kernels.penalty import _gradient, _prox
 from fastreg.kernels.pointers import _beside, _load, _pointer, _store, _times
-from fastreg.kernels.steps import SETTINGS_COLUMNS, STEP, _has_grad, _has_state, _is_step, _rule, _step
+from fastreg.kernels.steps import (
+    _counts_steps,
+    _has_grad,
+    _has_settings,
+    _has_state,
+    _is_step,
+    _n_columns,
+    _rule,
+    _setting,
+    _step,
+)
 from fastreg.kernels.sums import _add, _block_sums, _suit_pairs
 
 TABLE_COLUMNS = tl.constexpr(4)  # address, number of elements, strength group, tensor
@@ -46,7 +56,7 @@ def _sweep_block(pointers, start, lane, mask, numbers, sums, lost, MODE: tl.cons
             sums, lost = _add(sums, lost, block_sums, block_lost)
         if MODE == "prox":
             _store(weight_ptr, start, lane, mask, _prox(w, numbers[0], numbers[1]))
-        elif MODE == "adam_prox" or _is_step(MODE):
+        elif _has_settings(MODE):
             w, first, second, third = _step(w, old, first, second, third, numbers[0], numbers[1], MODE, DTYPE)
             written = mask if mask is None else mask & (numbers[2] != 0)
             _store(weight_ptr, start, lane, written, w)
@@ -54,7 +64,7 @@ def _sweep_block(pointers, start, lane, mask, numbers, sums, lost, MODE: tl.cons
                 _store(first_ptr, start, lane, written, first)
             if _is_step(MODE) and _has_state(MODE, 2):
                 _store(second_ptr, start, lane, written, second)
-            if _has_state(MODE, 3):
+            if _is_step(MODE) and _has_state(MODE, 3):
                 _store(third_ptr, start, lane, written, third)
         elif MODE != "value":
             grad = _gradient(w, numbers[0], numbers[1])
@@ -114,8 +124,8 @@ def _sweep_kernel(
     scale_l1_address: tl.int64,  # of a float: upstream gradient or learning rate for the l1 term, or 0
     scale_l2_address: tl.int64,
     doubles: tl.int32,  # a bit for each of these four addresses: 1 for float64, 0 for float32
-    # For the steps of optimizers and for "adam_prox" only; else 0.
-    settings: tl.int64,  # of float64 [n_groups, SETTINGS_COLUMNS]
+    # For the modes that `_has_settings` names; else 0.
+    settings: tl.int64,  # of float64 [n_groups, _n_columns(MODE)]
     lr: tl.float64,  # a factor on that of the settings
     states: tl.int64,  # of int64 [n_tensors, STATE_COLUMNS]: bytes from a weight to its states, 0 for what it has not,
     #   and the address of a float32 that counts its steps, or 0
@@ -159,19 +169,20 @@ def _sweep_kernel(
     one = tl.full((), 1.0, tl.float64)
     # Full blocks of aligned tensors; then the tail, or all of a misaligned tensor.
     full = tl.where(misaligned == 0, count - (BLOCK - 1), 0)
-    if MODE == "adam_prox" or _is_step(MODE):
+    if _has_settings(MODE):
         # Not a bool, of which the interpreter cannot make a block.
         is_made = (tl.load(_pointer(found_inf, tl.float32), mask=found_inf != 0, other=0.0) == 0).to(tl.int32)
         full = tl.where(is_made != 0, full, 0)  # only the loop with masks can leave everything as it is
-        setting_ptr = _pointer(settings, tl.float64) + group * SETTINGS_COLUMNS
-        step = tl.load(setting_ptr + STEP).to(tl.float32)
-        if _has_state(MODE, 2):
+        setting_ptr = _pointer(settings, tl.float64) + group * _n_columns(MODE)
+        step = tl.full((), 0.0, tl.float32)
+        if MODE == "elementwise_prox":
             step_address = tl.load(state_ptr + 3)
-            if MODE == "adam_prox":
-                step += tl.load(_pointer(step_address, tl.float32), mask=step_address != 0, other=0.0)
-            else:
-                before = tl.load(row_ptr + 3 - TABLE_COLUMNS, mask=chunk > 0, other=-1)
-                step = _advance(counters, step_address, chunk, before != tensor, is_made, LANES)
+            step = _setting(setting_ptr, MODE, "steps_made").to(tl.float32)
+            step += tl.load(_pointer(step_address, tl.float32), mask=step_address != 0, other=0.0)
+        if _counts_steps(MODE):
+            step_address = tl.load(state_ptr + 3)
+            before = tl.load(row_ptr + 3 - TABLE_COLUMNS, mask=chunk > 0, other=-1)
+            step = _advance(counters, step_address, chunk, before != tensor, is_made, LANES)
         scale = tl.load(_pointer(grad_scale, tl.float32), mask=grad_scale != 0, other=1.0).to(tl.float64)
         common, own = _rule(setting_ptr, step.to(tl.int32), one * lr, scale, MODE, DTYPE, COMPUTE)
         numbers = (common, own, is_made)

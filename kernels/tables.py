@@ -14,11 +14,13 @@ from fastreg.core.device_cache import DeviceCache, to_device
 from fastreg.core.layout import Part
 from fastreg.core.strengths import constant
 from fastreg.core.torch_private import foreach_copy_, version
-from fastreg.core.types import Settings, Update
+from fastreg.core.types import Settings, StepInputs
 from fastreg.kernels.target import Target, current_target
 
 # Elements that one Triton program reads at a time: 16 per thread of four warps.
 BLOCK = 2048
+# Of the table of states: three states, and the step counter.
+STATE_COLUMNS = 4
 # About what the largest GPUs hold at a time; beyond that, chunks grow instead.
 MOST_CHUNKS = 2048
 MOST_BLOCKS_PER_CHUNK = 32
@@ -73,18 +75,22 @@ class PointerTables:
 
         return self._of_gradients.get(key, build), base - first_weight
 
-    def of_states(self, update: Update) -> Tensor:
-        """The states' distances from their weights, and the addresses of the step counters."""
+    def of_states(self, step: StepInputs) -> Tensor:
+        """The table of states, int64 [n_tensors, STATE_COLUMNS]; see `_sweep_kernel`.
+
+        A row holds the distances from a weight to its states, in their order, and the address of its step counter.
+        """
         part = self._part
-        lists = (*update.states, update.steps)
+        none = [None] * (STATE_COLUMNS - 1 - len(step.states))
+        lists = (*step.states.values(), *none, step.steps)
         columns = [[] if tensors is None else list(map(Tensor.data_ptr, self._own(tensors))) for tensors in lists]
         if columns != self._last_states[0]:
             self._last_states = columns, object()
 
         def build() -> Tensor:
             weights = torch.tensor(part.addresses)
-            states = [torch.tensor(c) - weights if c else torch.zeros_like(weights) for c in columns[:3]]
-            steps = torch.tensor(columns[3]) if columns[3] else torch.zeros_like(weights)
+            states = [torch.tensor(c) - weights if c else torch.zeros_like(weights) for c in columns[:-1]]
+            steps = torch.tensor(columns[-1]) if columns[-1] else torch.zeros_like(weights)
             return to_device(torch.stack([*states, steps], 1), part.device)
 
         return self._of_states.get(self._last_states[1], build)
@@ -149,7 +155,10 @@ def _int64(numbers: "array.array[int]") -> Tensor:
 
 
 def settings_table(settings: Sequence[Settings], device: torch.device) -> tuple[Tensor, float]:
-    """float64 [n_groups, SETTINGS_COLUMNS], and a factor on their lr: a schedule of one lr for all changes no table."""
+    """The settings as float64 [n_groups, n_fields], and a factor on their lr.
+
+    Where all have the same lr, it is that factor, and the table has 1: a schedule then changes no table.
+    """
     lrs = {s.lr for s in settings if not isinstance(s.lr, Tensor)}
     factor = 1.0
     if len(lrs) == 1 and not any(isinstance(s.lr, Tensor) for s in settings):

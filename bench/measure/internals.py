@@ -11,9 +11,20 @@ from torch import Tensor
 from fastreg.blocks import plan
 from fastreg.core.layout import Layout, forget_layouts
 from fastreg.core.penalty import Scale, Strength
-from fastreg.core.types import Mode, Request, Settings, Update, Want, Work
+from fastreg.core.types import (
+    COUNTING,
+    STATES,
+    STEPS,
+    AdamSettings,
+    ElementwiseProxSettings,
+    Mode,
+    Request,
+    SGDSettings,
+    StepInputs,
+    Want,
+    Work,
+)
 from fastreg.formulas.penalty import ElasticNetPenalty
-from fastreg.formulas.steps import STEPS
 from fastreg.sweep.local import local_sweep
 
 try:
@@ -22,8 +33,13 @@ try:
 except ImportError:  # there is no Triton for this machine
     kernels = launch = tables = None  # type: ignore[assignment]
 
-# Tensors beside a weight and its gradient. Alone, Adam's second moment counts as the second of its states.
-STATES = {Mode.SGD: 0, Mode.MOMENTUM: 1, Mode.ADAM: 2, Mode.AMSGRAD: 3, Mode.ADAM_PROX: 2}
+SETTINGS = {
+    Mode.SGD: SGDSettings,
+    Mode.MOMENTUM: SGDSettings,
+    Mode.ADAM: AdamSettings,
+    Mode.AMSGRAD: AdamSettings,
+    Mode.ELEMENTWISE_PROX: ElementwiseProxSettings,
+}
 
 __all__ = ["STEPS", "Mode", "Scale", "Strength", "Want"]
 
@@ -42,15 +58,15 @@ def launch_kernels(weights: Sequence[Tensor], mode: Mode, strength: Strength, sc
     groups: list[int | range] = [0] * (len(weights) - 1) + [n_groups - 1]
     layout = Layout(weights, groups)
     (parts,) = layout.parts.values()
-    update = None
-    if mode is Mode.ADAM_PROX or mode in STEPS:
-        states = (weights, weights, weights)[: STATES[mode]]
-        steps = [torch.zeros((), device=weights[0].device)] * len(weights) if STATES[mode] > 1 else None
-        update = Update([Settings(1.0)] * n_groups, (*states, None, None, None)[:3], steps)
-    grads = weights if mode not in (Mode.VALUE, Mode.PROX, Mode.ADAM_PROX) else None
+    step = None
+    if mode in STATES:
+        states = dict.fromkeys(STATES[mode], weights)
+        counts = [torch.zeros((), device=weights[0].device)] * len(weights) if mode in COUNTING else None
+        step = StepInputs([SETTINGS[mode](1.0)] * n_groups, states, counts)
+    grads = weights if mode not in (Mode.VALUE, Mode.PROX, Mode.ELEMENTWISE_PROX) else None
     work = Work([], weights, groups, n_groups, ElasticNetPenalty((strength, strength)), "triton", layout=layout)
     want = Want.TERMS if with_value else Want.NOTHING
-    return launch.kernel_sweep(parts, work, Request(mode, want, grads, scale, update))
+    return launch.kernel_sweep(parts, work, Request(mode, want, grads, scale, step))
 
 
 def launch_sizes(weights: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -53,7 +53,7 @@ VARIANTS = {
     "prox-value": Variant(Mode.PROX),
     "value-grouped": Variant(Mode.VALUE, grouped=True),
     "accumulate-grouped": Variant(Mode.ACCUMULATE, grouped=True),
-    "adam-prox": Variant(Mode.ADAM_PROX, with_value=False),
+    "elementwise-prox": Variant(Mode.ELEMENTWISE_PROX, with_value=False),
     "sgd": Variant(Mode.SGD, with_value=False),
     "momentum": Variant(Mode.MOMENTUM, with_value=False),
     "adam": Variant(Mode.ADAM, with_value=False),

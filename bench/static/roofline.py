@@ -20,10 +20,10 @@ from bench.static import codegen, gpu_specs
 from bench.static.codegen import DTYPES, VARIANTS, Instruction
 from bench.static.gpu_specs import ARCHITECTURES, GPU, GPUS, LANES, LATENCY, Architecture
 
-STEPS = ("adam-prox", "sgd", "momentum", "adam", "amsgrad", "adam-value")
+STEPS = ("elementwise-prox", "sgd", "momentum", "adam", "amsgrad", "adam-value")
 MODES = ("value", "gradient", "accumulate", "accumulate-scaled", "prox", "prox-value", *STEPS)
 # Numbers that are read for each weight.
-READS = {Mode.ACCUMULATE: 2, Mode.ADAM_PROX: 2, Mode.SGD: 2, Mode.MOMENTUM: 3, Mode.ADAM: 4, Mode.AMSGRAD: 5}
+READS = {Mode.ACCUMULATE: 2, Mode.ELEMENTWISE_PROX: 2, Mode.SGD: 2, Mode.MOMENTUM: 3, Mode.ADAM: 4, Mode.AMSGRAD: 5}
 NARROW = ("fp32", "bf16", "fp16")  # float64 weights need float64 arithmetic
 CHUNKS = (2048, 4096, 8192)
 TIMES = ("memory", "issue", "FP32", "multiply", "compare", "16-bit", "convert", "float64", "latency")

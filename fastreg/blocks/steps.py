@@ -1,6 +1,7 @@
 """Steps of optimizers on the PyTorch path: block by block, with the penalty in cache and PyTorch's fused operators."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,55 +19,76 @@ from fastreg.core.torch_private import (
     fused_sgd_,
     is_under_a_mode,
 )
-from fastreg.core.types import Mode, Request, Settings, Work
-from fastreg.formulas.steps import take_steps, with_rounding
+from fastreg.core.types import (
+    COUNTING,
+    STEPS,
+    AdamSettings,
+    ElementwiseProxSettings,
+    Mode,
+    Request,
+    SGDSettings,
+    Work,
+)
+from fastreg.formulas.steps import has_prox, take_steps, with_rounding
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+# The state that an elementwise step size is computed from.
+_SQUARE = {Mode.ADAM: "exp_avg_sq", Mode.AMSGRAD: "max_exp_avg_sq", Mode.ELEMENTWISE_PROX: "square"}
+_WITHOUT_SQUARE = (Mode.SGD, Mode.MOMENTUM)
 
 
 def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> None:
-    """What `formulas.take_steps` does to the weights, states and counters of the parts of one device.
+    """Do what `formulas.take_steps` does, for the parts of one device.
 
-    Off the host, without fused operators, and with strengths beyond float32, it is done by those expressions.
+    On other devices than the CPU, without PyTorch's fused operators, and with numbers beyond float32, this calls
+    `take_steps`. Raises ValueError for a
+    mode that has no block step, before anything is written.
     """
-    mode, grads, update = request.mode, request.grads, request.step
-    assert update is not None
+    mode, grads, step = request.mode, request.grads, request.step
+    if step is None or (mode not in _SQUARE and mode not in _WITHOUT_SQUARE):
+        raise ValueError(f"fastreg.blocks.steps makes no step of {mode}")
     positions = [position for part in parts for position in part.positions]
     on_host = parts[0].device.type == "cpu"
-    settings = [Settings(*[x.item() if isinstance(x, Tensor) else x for x in s]) for s in update.settings if on_host]
+    settings = [type(s)(*[x.item() if isinstance(x, Tensor) else x for x in s]) for s in step.settings if on_host]
     if not on_host or not HAS_FUSED_STEPS or any(abs(x) > _FLOAT32_MAX for s in settings for x in s):
-        weights, own_grads, *states = [
-            None if t is None else [t[position] for position in positions]
-            for t in (work.weights, grads, *update.states, update.steps)
-        ]
-        assert weights is not None
-        own = update._replace(states=(states[0], states[1], states[2]), steps=states[3])
-        take_steps(mode, weights, own_grads, [work.groups[position] for position in positions], own)
+
+        def own(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [tensors[position] for position in positions]
+
+        own_step = step.mapped(own)._replace(steps=None if step.steps is None else own(step.steps))
+        groups = [work.groups[position] for position in positions]
+        take_steps(mode, own(work.weights), None if grads is None else own(grads), groups, own_step)
         return
-    if update.found_inf is not None and update.found_inf.item():
+    if step.found_inf is not None and step.found_inf.item():
         return
-    steps = update.steps
-    if steps is not None and mode is not Mode.ADAM_PROX:
-        foreach_add_([steps[position] for position in positions], 1)
+    counts = step.steps
+    if mode in COUNTING and counts is not None:
+        foreach_add_([counts[position] for position in positions], 1)
     memory = take_memory(parts[0].device, 0 if is_under_a_mode() else reserve())
     try:
         for part in parts:
             plan = part.prepared(BlockPlan)
-            pieces = [None if t is None else plan.pieces_of(t) for t in (work.weights, grads, *update.states)]
-            of_pieces = None if steps is None else plan.for_pieces(steps)
-            ops = BlockSteps(part.dtype, mode, update.grad_scale, memory)
+            weights = plan.pieces_of(work.weights)
+            own_grads = None if grads is None else plan.pieces_of(grads)
+            states = {name: plan.pieces_of(tensors) for name, tensors in step.states.items()}
+            own_counts = None if counts is None else plan.for_pieces(counts)
+            ops = BlockSteps(part.dtype, mode, step.grad_scale, memory)
             for block in plan.blocks:
                 for numbers in [*((number,) for number in block.in_place), block.packed]:
                     if numbers:
-                        own_steps = None if of_pieces is None else [of_pieces[i] for i in numbers]
-                        chosen = [None if p is None else [p[i] for i in numbers] for p in pieces]
-                        ops.take(chosen, own_steps, settings[block.group])
+                        ops.take(
+                            [weights[i] for i in numbers],
+                            None if own_grads is None else [own_grads[i] for i in numbers],
+                            {name: [pieces[i] for i in numbers] for name, pieces in states.items()},
+                            None if own_counts is None else [own_counts[i] for i in numbers],
+                            settings[block.group],
+                        )
     finally:
         give_back(memory)
 
 
 class BlockSteps:
-    """Steps of one kind of optimizer on pieces of weights of one dtype, in host memory."""
+    """Steps of one mode on pieces of weights of one dtype, in host memory."""
 
     def __init__(self, dtype: torch.dtype, mode: Mode, grad_scale: Tensor | None, memory: Memory) -> None:
         self._compute = compute_dtype(dtype)
@@ -76,51 +98,60 @@ class BlockSteps:
         self._memory = memory
         self._ops = memory.kept(dtype, BlockOps)
 
-    def take(self, pieces: Sequence[Pieces | None], steps: Sequence[Tensor] | None, s: Settings) -> None:
-        """One step of the same pieces of weights, gradients and three states, where there are such."""
-        weights, grads, *states = pieces
-        assert weights is not None
-        # Narrow numbers are worked on as float32 copies throughout; others only where one operator serves many pieces.
-        copied = [None if p is None or not self._is_narrow else self._copy(str(i), p) for i, p in enumerate(states)]
-        operands = [p if copy is None else copy.parts for p, copy in zip(states, copied, strict=True)]
-        has_penalty = any(strength != 0 for strength in (s.l1, s.l2, s.prox_l1, s.prox_l2))
+    def take(
+        self, weights: Pieces, grads: Pieces | None, states: dict[str, Pieces], counts: Pieces | None, s: Any
+    ) -> None:
+        """Make one step of pieces of weights, with the same pieces of gradients and states, and their counters."""
+        # Operators work on float32 copies of narrow numbers, and on a copy where one operator serves many pieces.
+        operands = states
+        if self._is_narrow:
+            operands = {name: self._copy(f"state {name}", pieces).parts for name, pieces in states.items()}
+        is_step = self._mode in STEPS
+        has_penalty = has_prox(s) or (is_step and (s.l1 != 0 or s.l2 != 0))
         packed = self._copy("weights", weights) if self._is_narrow or (len(weights) > 1 and has_penalty) else None
         targets = packed.parts if packed is not None and self._is_narrow else weights
-        if grads is not None:
-            grads = self._penalised(packed, weights, grads, s)
-            self._fused(targets, grads, operands, steps, s)
-        if self._mode is Mode.ADAM_PROX or s.prox_l1 != 0 or s.prox_l2 != 0:
-            self._shrink(packed, weights, operands, steps, s)
+        if is_step:
+            assert grads is not None
+            grads = self._gradient_with_penalty(packed, weights, grads, s)
+            if self._mode in _WITHOUT_SQUARE:
+                self._fused_sgd(targets, grads, operands, s)
+            else:
+                self._fused_adam(targets, grads, operands, counts, s)
+        if has_prox(s):
+            self._shrink(packed, weights, operands, counts, s)
         if self._is_narrow:
             copy_pieces(weights, targets)
-            for state, operand in zip(states, operands, strict=True):
-                if state is not None and operand is not None and self._mode is not Mode.ADAM_PROX:
-                    copy_pieces(state, operand)
+            if is_step:
+                for name, pieces in states.items():
+                    copy_pieces(pieces, operands[name])
 
     def _copy(self, name: str, pieces: Pieces) -> Pack:
         pack = self._memory.pack(name, self._compute, shapes_of(pieces), LANES)
         copy_pieces(pack.parts, pieces)
         return pack
 
-    def _penalised(self, packed: Pack | None, weights: Pieces, grads: Pieces, s: Settings) -> Pieces:
-        """The gradients with what of the penalty's the operators do not add; copies, unless they may be taken as is.
+    def _gradient_with_penalty(
+        self, packed: Pack | None, weights: Pieces, grads: Pieces, s: SGDSettings | AdamSettings
+    ) -> Pieces:
+        """Return the gradients plus the part of the penalty's that the fused operators do not add.
 
-        Where gradients carry a scale, so does what is added, and the operators would unscale them in their place.
+        The result is a copy, except where `grads` can be passed on as they are. Fused operators divide gradients by
+        their scale in place, so scaled gradients are always copied, and what is added carries the same scale.
         """
         slope = 0.0 if self._adds_l2(s) else 2 * s.l2
         scale = 1.0 if self._grad_scale is None else self._grad_scale.item()
         has_penalty = s.l1 != 0 or slope != 0
         if not self._is_narrow and not has_penalty and self._grad_scale is None:
             return grads
-        found = self._memory.pack("gradient", self._compute, shapes_of(weights), LANES)
+        sums = self._memory.pack("gradient", self._compute, shapes_of(weights), LANES)
         if not has_penalty and packed is None:
-            copy_pieces(found.parts, grads)
-            return found.parts
+            copy_pieces(sums.parts, grads)
+            return sums.parts
         if packed is None:
-            (w,), (grad,), (out,) = weights, grads, found.parts
+            (w,), (grad,), (out,) = weights, grads, sums.parts
         else:
-            w, out, grad = packed.vector, found.vector, found.vector
-            copy_pieces(found.parts, grads)
+            w, out, grad = packed.vector, sums.vector, sums.vector
+            copy_pieces(sums.parts, grads)
         if s.l1 != 0:
             sign = torch.sign(w, out=out if out is not grad else self._spare("spare", w))
             torch.add(grad, sign, alpha=s.l1 * scale, out=out)
@@ -128,65 +159,72 @@ class BlockSteps:
             out.copy_(grad)
         if slope != 0:
             out.add_(w, alpha=slope * scale)
-        return found.parts
+        return sums.parts
 
-    def _adds_l2(self, s: Settings) -> bool:
-        """Whether the operators add 2 * l2 * w as weight decay, which has no other use then."""
+    def _adds_l2(self, s: SGDSettings | AdamSettings) -> bool:
+        """Return whether the operators add 2 * l2 * w as weight decay, which they can unless that is decoupled."""
         return not (s.is_decoupled and s.weight_decay != 0)
 
-    def _fused(
-        self, weights: Pieces, grads: Pieces, states: Sequence[Pieces | None], steps: Pieces | None, s: Settings
+    def _decay(self, s: SGDSettings | AdamSettings) -> Any:
+        return s.weight_decay + 2 * s.l2 if self._adds_l2(s) else s.weight_decay
+
+    def _fused_sgd(self, weights: Pieces, grads: Pieces, states: dict[str, Pieces], s: SGDSettings) -> None:
+        fused_sgd_(
+            weights, grads, states["momentum_buffer"] if self._mode is Mode.MOMENTUM else [],
+            weight_decay=self._decay(s), momentum=s.momentum, lr=s.lr, dampening=s.dampening,
+            nesterov=bool(s.nesterov), maximize=False, is_first_step=False, grad_scale=self._grad_scale,
+        )  # fmt: skip
+
+    def _fused_adam(
+        self, weights: Pieces, grads: Pieces, states: dict[str, Pieces], counts: Pieces | None, s: AdamSettings
     ) -> None:
-        first, second, third = states
-        adds_l2 = self._adds_l2(s)
-        decay = s.weight_decay + 2 * s.l2 if adds_l2 else s.weight_decay
-        if second is None:
-            fused_sgd_(
-                weights, grads, first or [],
-                weight_decay=decay, momentum=s.first, lr=s.lr, dampening=s.second, nesterov=bool(s.third),
-                maximize=False, is_first_step=False, grad_scale=self._grad_scale,
-            )  # fmt: skip
-        else:
-            step = fused_adam_ if adds_l2 else fused_adamw_
-            step(
-                weights, grads, first, second, third or [], steps,
-                lr=s.lr, beta1=s.first, beta2=s.second, weight_decay=decay, eps=s.third,
-                amsgrad=third is not None, maximize=False, grad_scale=self._grad_scale,
-            )  # fmt: skip
+        has_maximum = self._mode is Mode.AMSGRAD
+        step: Any = fused_adam_ if self._adds_l2(s) else fused_adamw_
+        step(
+            weights, grads, states["exp_avg"], states["exp_avg_sq"], states["max_exp_avg_sq"] if has_maximum else [],
+            counts, lr=s.lr, beta1=s.beta1, beta2=s.beta2, weight_decay=self._decay(s), eps=s.eps,
+            amsgrad=has_maximum, maximize=False, grad_scale=self._grad_scale,
+        )  # fmt: skip
 
     def _shrink(
-        self, packed: Pack | None, weights: Pieces, states: Sequence[Pieces | None], steps: Pieces | None, s: Settings
+        self, packed: Pack | None, weights: Pieces, states: dict[str, Pieces], counts: Pieces | None, s: Any
     ) -> None:
-        """The proximal step of the weights, or of their copies if these are worked on."""
+        """Make the proximal step of the weights, or of their copies where these hold the result of the step."""
         if packed is not None and not self._is_narrow:
             copy_pieces(packed.parts, weights)
-        square = states[2] or states[1]
         w = weights[0] if packed is None else packed.vector
-        if square is None:
+        if self._mode in _WITHOUT_SQUARE:
             self._ops.prox(w, s.lr * s.prox_l1, s.lr * s.prox_l2, self._spare("spare", w))
         else:
-            made = [s.step + (0.0 if steps is None else step.item()) for step in steps or weights[:1]]
-            if len(set(made)) == 1:
+            square = states[_SQUARE[self._mode]]
+            steps = [0.0] if counts is None else [count.item() for count in counts]
+            if self._mode is Mode.ELEMENTWISE_PROX:
+                steps = [s.steps_made + count for count in steps]
+            if len(set(steps)) == 1:
                 v = square[0] if packed is None else self._copy("square", square).vector
-                self._shrink_by(w, v, made[0], s)
+                self._shrink_elementwise(w, v, steps[0], s)
             else:
-                for part, v, step in zip(packed.parts if packed is not None else weights, square, made, strict=True):
-                    self._shrink_by(part, v, step, s)
+                parts = weights if packed is None else packed.parts
+                for part, v, step in zip(parts, square, steps, strict=True):
+                    self._shrink_elementwise(part, v, step, s)
         if packed is not None and not self._is_narrow:
             copy_pieces(weights, packed.parts)
 
-    def _shrink_by(self, w: Tensor, square: Tensor, step: float, s: Settings) -> None:
-        """By t = lr / (sqrt(square / c) + eps), c = 1 - beta2^step: both sides of the fraction times the root of c.
+    def _shrink_elementwise(
+        self, w: Tensor, square: Tensor, step: float, s: AdamSettings | ElementwiseProxSettings
+    ) -> None:
+        """Make the proximal step of size t = lr / (sqrt(square / c) + eps), c = 1 - beta2^step.
 
-        No further than steps of Adam go, and on a first step not at all where there was no gradient.
+        Here both sides of that fraction are multiplied by sqrt(c). No element moves further than lr * reach, and on a
+        first step those without gradient do not move.
         """
         reach = s.lr * with_rounding(s.reach, self._dtype)
         before = None
         if s.prox_l2 != 0 or step == 1:
             before = self._spare("before", w).copy_(w)
-        root = (1 - s.second**step) ** 0.5
+        root = (1 - s.beta2**step) ** 0.5
         size = s.lr * root
-        bottom = torch.sqrt(square, out=self._spare("denominator", w)).add_(s.third * root)
+        bottom = torch.sqrt(square, out=self._spare("denominator", w)).add_(s.eps * root)
         bound, spare = self._spare("bound", w), self._spare("spare", w)
         slope = 2 * s.prox_l2
         if s.prox_l1 != 0:

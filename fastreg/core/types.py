@@ -1,7 +1,7 @@
 """What each layer hands to the next: `Work`, the weights and their penalty, and `Request`, what to do with them."""
 
 import enum
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,48 +19,103 @@ class Mode(enum.Enum):
     RESCALE = "rescale"  # `grads` hold the gradient for scale 1: writes it anew, or leaves it if the scale is 1
     ACCUMULATE = "accumulate"  # adds the gradient to .grad in place
     PROX = "prox"  # replaces w by its proximal step
-    ADAM_PROX = "adam_prox"  # the same with the step sizes of Adam, elementwise; this and the others have an Update
+    # The modes below read StepInputs.
+    ELEMENTWISE_PROX = "elementwise_prox"  # a proximal step with a step size for each element
     SGD = "sgd"  # a step of SGD without a momentum buffer
-    MOMENTUM = "momentum"  # with one
+    MOMENTUM = "momentum"  # a step of SGD with a momentum buffer
     ADAM = "adam"  # a step of Adam or AdamW
-    AMSGRAD = "amsgrad"  # which also keeps the largest second moment
+    AMSGRAD = "amsgrad"  # a step of Adam or AdamW with amsgrad=True
 
 
-class Settings(NamedTuple):
-    """The numbers of a strength group: floats, or 0-dim tensors where users have some. Kernels go by their places."""
+# The modes that read StepInputs, and the states of each: tensors like the weights. Those of an optimizer's whole step
+# have their names in torch.optim. Sweeps take them in this order; kernels/steps.py has a copy of this table.
+STATES: dict[Mode, tuple[str, ...]] = {
+    Mode.SGD: (),
+    Mode.MOMENTUM: ("momentum_buffer",),
+    Mode.ADAM: ("exp_avg", "exp_avg_sq"),
+    Mode.AMSGRAD: ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    Mode.ELEMENTWISE_PROX: ("square",),
+}
+# The modes that count steps: each weight has a counter, which the sweep increments.
+COUNTING = (Mode.ADAM, Mode.AMSGRAD)
+# The modes that make an optimizer's whole step: they read gradients and write their states.
+STEPS = tuple(mode for mode in STATES if mode is not Mode.ELEMENTWISE_PROX)
+
+
+def states_of(mode: Mode) -> tuple[str, ...]:
+    """Return the names of the states of `mode`; ValueError for a mode that has no entry in STATES."""
+    names = STATES.get(mode)
+    if names is None:
+        raise ValueError(f"{mode} is not a step: fastreg.core.types.STATES has no entry for it")
+    return names
+
+
+# The numbers of a strength group, one class for each kind of step. All are floats, or 0-dim tensors where users pass
+# some. A kernel reads them as a row of a table: kernels/steps.py has a copy of the order of the fields.
+
+
+class SGDSettings(NamedTuple):
+    """Numbers of SGD and MOMENTUM. The first seven fields are those of every optimizer's whole step."""
 
     lr: Any
     weight_decay: Any = 0.0
-    is_decoupled: float = 0.0  # whether weight decay is AdamW's
-    l1: Any = 0.0  # of these two the gradient is added to that of the data
+    is_decoupled: float = 0.0  # 1 where weight decay multiplies the weight, as AdamW does, and is not in the gradient
+    l1: Any = 0.0  # strengths of the penalty whose gradient is added to the data's
     l2: Any = 0.0
-    prox_l1: Any = 0.0  # and by these the weights are shrunk after the step, times lr, or Adam's elementwise t
+    prox_l1: Any = 0.0  # strengths of the proximal step, which are multiplied by the step size t
     prox_l2: Any = 0.0
-    first: Any = 0.0  # momentum, or beta1
-    second: Any = 0.0  # dampening, or beta2
-    third: Any = 0.0  # whether momentum is Nesterov's, or eps
-    step: float = 0.0  # in ADAM_PROX: how many steps were made, to which the counter is added if there is one
-    reach: float = 0.0  # of Adam: times lr the furthest that a proximal step may move an element
+    momentum: Any = 0.0
+    dampening: Any = 0.0
+    nesterov: float = 0.0  # 1 for Nesterov's momentum
 
 
-class Update(NamedTuple):
-    """What an optimizer brings to a sweep: settings for each strength group, and tensors for each weight."""
+class AdamSettings(NamedTuple):
+    """Numbers of ADAM and AMSGRAD."""
+
+    lr: Any
+    weight_decay: Any = 0.0
+    is_decoupled: float = 0.0
+    l1: Any = 0.0
+    l2: Any = 0.0
+    prox_l1: Any = 0.0
+    prox_l2: Any = 0.0
+    beta1: Any = 0.9
+    beta2: Any = 0.999
+    eps: Any = 1e-8
+    reach: float = 2.0  # the proximal step moves no element further than lr * reach
+
+
+class ElementwiseProxSettings(NamedTuple):
+    """Numbers of ELEMENTWISE_PROX, whose step size is t = lr / (sqrt(square / (1 - beta2^steps)) + eps)."""
+
+    lr: Any
+    prox_l1: Any = 0.0
+    prox_l2: Any = 0.0
+    beta2: Any = 0.0  # 0 for a square without bias correction
+    eps: Any = 1e-8
+    reach: Any = 2.0  # no element moves further than lr * reach
+    steps_made: float = 0.0  # the number of steps, to which the weight's counter is added if there is one
+
+
+Settings: TypeAlias = SGDSettings | AdamSettings | ElementwiseProxSettings
+
+
+class StepInputs(NamedTuple):
+    """What the modes of STATES read: settings for each strength group, and tensors for each weight."""
 
     settings: Sequence[Settings]
-    # Momentum buffers or first moments, second moments, the largest of those; None where the mode has none.
-    states: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None, Sequence[Tensor] | None] = (None, None, None)
-    steps: Sequence[Tensor] | None = None  # 0-dim float32, counted up by the sweep unless it is ADAM_PROX
-    grad_scale: Tensor | None = None  # what the gradients were multiplied with
+    states: Mapping[str, Sequence[Tensor]]  # by name, in the order of STATES
+    steps: Sequence[Tensor] | None = None  # 0-dim float32 counters; the modes of COUNTING increment them
+    grad_scale: Tensor | None = None  # the factor that the gradients carry
     found_inf: Tensor | None = None  # where this is not 0, nothing is changed
 
-    def mapped(self, f: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> "Update":
-        """The same with `f` of each list of states."""
-        first, second, third = (None if state is None else f(state) for state in self.states)
-        return self._replace(states=(first, second, third))
+    def mapped(self, f: Callable[[Sequence[Tensor]], Sequence[Tensor]]) -> "StepInputs":
+        """Return the same inputs with `f` applied to each list of states."""
+        return self._replace(states={name: f(tensors) for name, tensors in self.states.items()})
 
     def tensors(self) -> list[Tensor]:
-        """All states, one list after the other."""
-        return [t for state in self.states if state is not None for t in state]
+        """Return all states, one list after the other."""
+        return [t for tensors in self.states.values() for t in tensors]
 
 
 class Want(enum.IntEnum):
@@ -84,7 +139,7 @@ class Request(NamedTuple):
     # Tensors like the weights. GRADIENT writes them, RESCALE corrects them, ACCUMULATE adds to them, steps read them.
     grads: Sequence[Tensor] | None = None
     scale: Scale = None  # factors on the strengths, read on the device
-    step: Update | None = None  # for the modes of optimizers; its states and counters are updated as the weights are
+    step: StepInputs | None = None  # of the modes in STATES
     are_checked: bool = False  # whether the layout has been found to match the gradients and states
 
 

@@ -13,9 +13,8 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from fastreg.core.checks import warn_user
 from fastreg.core.penalty import add_results
 from fastreg.core.types import Mode, Request, Work
-from fastreg.optim.adam import adam_update
 from fastreg.optim.base import Penalized
-from fastreg.optim.step_size import check_metric, is_elementwise, step_sizes
+from fastreg.optim.step_size import check_metric, elementwise_inputs, is_elementwise, step_sizes
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.gradient import add_gradient
 from fastreg.sweep.prox import apply_elementwise_prox, apply_prox_of_groups
@@ -174,7 +173,7 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) ->
     if any(stepped):
         moving, own_groups = work.subset(stepped), list(compress(groups, stepped))
         if is_by_element:
-            finer, step = adam_update(optimizer, moving, own_groups)
+            finer, step = elementwise_inputs(optimizer, moving, own_groups)
             results.append(work.penalty.result(apply_elementwise_prox(finer, step)))
         else:
             measured = apply_prox_of_groups(moving, step_sizes(optimizer, metric), own_groups)

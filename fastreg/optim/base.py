@@ -1,4 +1,4 @@
-"""What the optimizers of `fastreg.optim` share: their options, their state, and the way from `step` to the sweep."""
+"""What the optimizers of `fastreg.optim` share: options, states, and the way from `step` to the sweep."""
 
 import operator
 from collections.abc import Callable
@@ -13,46 +13,50 @@ from fastreg.core.dtensor import any_dtensor
 from fastreg.core.penalty import Strength, add_results
 from fastreg.core.strengths import check_strength, checked, penalty_of_groups
 from fastreg.core.torch_private import unscales_gradients
-from fastreg.core.types import Mode, Request, Settings, Update, Want, Work
+from fastreg.core.types import COUNTING, Mode, Request, Settings, StepInputs, Want, Work, states_of
 from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.params import check_keys
 from fastreg.sweep.dispatch import is_traced_now
 from fastreg.sweep.steps import apply_steps
 
 
-class Kind(NamedTuple):
-    """Parameters that make the same kind of step, in the order of the param groups."""
+class StepBatch(NamedTuple):
+    """Parameters that make a step of the same mode, in the order of the param groups."""
 
     mode: Mode
     names: list[str]
     params: list[Tensor]
     states: list[dict[str, Any]]
-    rows: list[tuple[int, bool]]  # of each strength group: the param group, and whether it is a first step
+    rows: list[tuple[int, bool]]  # of each strength group: its param group, and whether it makes a first step
     row_of: list[int | range]  # of each parameter: its strength group
     is_sharded: bool
 
 
 class Plan(NamedTuple):
-    """What was found of the parameters that have gradients, for as long as these and their states are the same."""
+    """The batches of a step, which serve as long as the rest of the plan compares equal."""
 
     params: list[Tensor]  # all
     has_grad: list[bool]
-    options: list[Any]  # of each group, what decides the mode
-    states: list[dict[str, Any]]  # all there are
-    kinds: list[Kind]
+    options: list[Any]  # of each param group, whatever decides the mode
+    states: list[dict[str, Any]]  # all
+    batches: list[StepBatch]
 
 
 @unscales_gradients
 class Penalized(Optimizer):
-    """A mixin before one of torch.optim's classes."""
+    """A mixin in front of one of torch.optim's classes, for a step with the penalty in it.
+
+    Subclasses map a param group to a `Mode` and to its settings. The mode's entry in fastreg.core.types.STATES names
+    the states.
+    """
 
     _plan: Plan | None = None
     _track = False
     _impl: Impl = None
     _tracked: list[Penalty | None]  # the last one, in a list: compiled code cannot set attributes of an optimizer
 
-    def _penalize(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
-        """To be called when torch.optim's constructor is done."""
+    def _init_penalty(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
+        """Add the penalty's options to those of torch.optim's class, whose constructor must have run."""
         check_impl(impl)
         if not isinstance(track, bool):
             raise TypeError(f"track must be True or False, got {track!r}")
@@ -61,40 +65,43 @@ class Penalized(Optimizer):
             l1=check_strength(l1, "l1"), l2=check_strength(l2, "l2"), prox=prox, fused=True, foreach=None
         )
         for i, group in enumerate(self.param_groups):
-            self._complete(group, i)
+            self._add_options(group, i)
 
     @property
     def last(self) -> Penalty | None:
-        """The penalty of the weights before the last step, of those that had gradients; None unless it is tracked."""
+        """The penalty before the last step, of the weights that had gradients; None without track=True."""
         return self._tracked[0]
 
     @property
     def has_strengths(self) -> bool:
-        """Whether any group has a strength that is not 0; tensors are not looked into."""
+        """Whether any group has a strength that is not the number 0."""
         return any(isinstance(g[name], Tensor) or g[name] != 0 for g in self.param_groups for name in ("l1", "l2"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim's; l1, l2 and prox are options of a group as lr is."""
+        """Add a param group, as in torch.optim. l1, l2 and prox are options of a group, as lr is."""
         n = len(self.param_groups)
         if isinstance(param_group, dict):
             check_keys(param_group, n)
         super().add_param_group(param_group)
         if "l1" in self.defaults:
             try:
-                self._complete(self.param_groups[n], n)
+                self._add_options(self.param_groups[n], n)
             except (TypeError, ValueError):
                 del self.param_groups[n]
                 raise
 
-    def _complete(self, group: dict[str, Any], number: int) -> None:
+    def _add_options(self, group: dict[str, Any], number: int) -> None:
+        """Add the missing options of param group `number`, and check all of them."""
         for name in ("l1", "l2", "prox"):
             group.setdefault(name, self.defaults[name])
-        # There is one implementation. A checkpoint then says where torch.optim's class has to look for the steps.
+        # There is one implementation. With fused=True, torch.optim's class looks for the counters on the device when it
+        # loads a checkpoint.
         group["fused"], group["foreach"] = True, None
+        states_of(self._mode(group))
         self._settings(group, number, is_first=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's. Groups of a state without l1, l2 and prox get l1=0, l2=0 and prox=False, with a warning."""
+        """Load a state, as in torch.optim. Groups without l1, l2 and prox get 0, 0 and False, with a warning."""
         had = self.has_strengths
         super().load_state_dict(state_dict)
         if had and not any("l1" in group for group in state_dict["param_groups"]):
@@ -117,31 +124,31 @@ class Penalized(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step, with the penalty in it. `closure` is called before it, and its result returned.
+        """Make one step, with the penalty in it. Call `closure` before it, and return the result of `closure`.
 
-        Raises RuntimeError for sparse gradients, TypeError for gradients or states that are not like their weights and
-        ValueError for options that do not make sense, before anything is changed.
+        Raises RuntimeError for sparse gradients, TypeError for gradients or states that do not fit their weights, and
+        ValueError for invalid options, before anything is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        works, new_states = self._works()
-        measured = apply_steps(works)
+        works, new_states = self._step_works()
+        measures = apply_steps(works)
         if new_states:
-            # States of a step that was not made, because of infinite gradients, are no states. Once, this waits.
+            # If infinite gradients skipped a first step, discard its states. Reading the flag waits for the device.
             found_inf = getattr(self, "found_inf", None)
             if found_inf is None or not found_inf.item():
                 for p, state in new_states:
                     self.state[p] = state
         if self._track:
-            results = [work.penalty.result(each) for (work, _), each in zip(works, measured, strict=True)]
+            results = [work.penalty.result(each) for (work, _), each in zip(works, measures, strict=True)]
             if results:
                 self._tracked[0] = add_results(results)
         return loss
 
-    def _works(self) -> tuple[list[tuple[Work, Request]], list[tuple[Tensor, dict[str, Any]]]]:
-        """The steps to make, and the states of parameters that make their first."""
+    def _step_works(self) -> tuple[list[tuple[Work, Request]], list[tuple[Tensor, dict[str, Any]]]]:
+        """Return the steps to make, and the new states of parameters that make their first step."""
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
         has_grad = [grad is not None for grad in grads]
@@ -157,16 +164,16 @@ class Penalized(Optimizer):
             or len(self.state) != len(plan.states)
             or not all(map(operator.is_, self.state.values(), plan.states))
         ):
-            kinds, new_states = self._new_kinds()
-            # After a first step other settings hold.
-            plan = Plan(params, has_grad, options, list(self.state.values()), kinds)
+            batches, new_states = self._new_batches()
+            plan = Plan(params, has_grad, options, list(self.state.values()), batches)
+            # The settings of a first step do not serve the next one.
             self._plan = None if new_states or torch.compiler.is_compiling() else plan
-        if len(plan.kinds) == 1 and all(has_grad):
-            return [self._work_of(plan.kinds[0], grads)], new_states
-        return [self._work_of(kind, [p.grad for p in kind.params]) for kind in plan.kinds], new_states
+        if len(plan.batches) == 1 and all(has_grad):
+            return [self._step_work(plan.batches[0], grads)], new_states
+        return [self._step_work(batch, [p.grad for p in batch.params]) for batch in plan.batches], new_states
 
-    def _new_kinds(self) -> tuple[list[Kind], list[tuple[Tensor, dict[str, Any]]]]:
-        """The parameters that have gradients, with their states, and the new ones of those that had none."""
+    def _new_batches(self) -> tuple[list[StepBatch], list[tuple[Tensor, dict[str, Any]]]]:
+        """Return the parameters that have gradients, with their states, and those of the states that are new."""
         stepped = [
             (group["param_names"][i] if "param_names" in group else f"groups[{number}].params[{i}]", p, number)
             for number, group in enumerate(self.param_groups)
@@ -174,88 +181,87 @@ class Penalized(Optimizer):
             if p.grad is not None
         ]
         check_kinds([name for name, _, _ in stepped], [p for _, p, _ in stepped])
-        kinds: dict[Mode, Kind] = {}
+        batches: dict[Mode, StepBatch] = {}
         new_states: list[tuple[Tensor, dict[str, Any]]] = []
         is_sharded = any_dtensor([p for _, p, _ in stepped])
         for name, p, number in stepped:
             mode = self._mode(self.param_groups[number])
-            kind = kinds.setdefault(mode, Kind(mode, [], [], [], [], [], is_sharded))
+            batch = batches.setdefault(mode, StepBatch(mode, [], [], [], [], [], is_sharded))
             state = self._state_of(p, mode)
             old = self.state.get(p, {})
             if state is not old and state:
                 new_states.append((p, state))
-            row = number, "momentum_buffer" in state and not isinstance(old.get("momentum_buffer"), Tensor)
-            if row not in kind.rows:
-                kind.rows.append(row)
-            kind.names.append(name)
-            kind.params.append(p)
-            kind.states.append(state)
-            kind.row_of.append(kind.rows.index(row))
-        return list(kinds.values()), new_states
+            row = number, mode is Mode.MOMENTUM and not isinstance(old.get("momentum_buffer"), Tensor)
+            if row not in batch.rows:
+                batch.rows.append(row)
+            batch.names.append(name)
+            batch.params.append(p)
+            batch.states.append(state)
+            batch.row_of.append(batch.rows.index(row))
+        return list(batches.values()), new_states
 
-    def _work_of(self, kind: Kind, grads: list[Any]) -> tuple[Work, Request]:
-        groups = [self.param_groups[i] for i, _ in kind.rows]
-        settings = [self._settings(group, i, is_first) for group, (i, is_first) in zip(groups, kind.rows, strict=True)]
+    def _step_work(self, batch: StepBatch, grads: list[Any]) -> tuple[Work, Request]:
+        groups = [self.param_groups[i] for i, _ in batch.rows]
+        settings = [self._settings(group, i, is_first) for group, (i, is_first) in zip(groups, batch.rows, strict=True)]
         penalty = ElasticNetPenalty((0.0, 0.0))
         if self._track:
             rows = [checked(ElasticNetPenalty, group["l1"], group["l2"]).strengths for group in groups]
-            penalty = penalty_of_groups(ElasticNetPenalty, rows, kind.params[0].device)
-        n, impl, is_traced = len(groups), self._impl, is_traced_now()
-        work = Work(kind.names, kind.params, kind.row_of, n, penalty, impl, kind.is_sharded, is_traced)
-        of_names = {name: [state[name] for state in kind.states] for name in self._state_names(kind.mode)}
-        steps = of_names.pop("step", None)
-        first, second, third = (*of_names.values(), None, None, None)[:3]
+            penalty = penalty_of_groups(ElasticNetPenalty, rows, batch.params[0].device)
+        n, is_traced = len(groups), is_traced_now()
+        work = Work(batch.names, batch.params, batch.row_of, n, penalty, self._impl, batch.is_sharded, is_traced)
+        states = {name: [state[name] for state in batch.states] for name in states_of(batch.mode)}
+        counts = [state["step"] for state in batch.states] if batch.mode in COUNTING else None
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        step = Update(settings, (first, second, third), steps, scale, found_inf)
-        return work, Request(kind.mode, Want.TERMS if self._track else Want.NOTHING, grads, step=step)
+        step = StepInputs(settings, states, counts, scale, found_inf)
+        return work, Request(batch.mode, Want.TERMS if self._track else Want.NOTHING, grads, step=step)
 
     def _state_of(self, p: Tensor, mode: Mode) -> dict[str, Any]:
-        """The state of `p` if it has all that the mode needs, else a new one, with zeros as torch.optim begins."""
-        names = self._state_names(mode)
+        """Return the state of `p` if it has all that the mode reads, else a new one, with zeros as in torch.optim."""
+        names = states_of(mode)
         old: dict[str, Any] = self.state.get(p, {})
-        if all(isinstance(old.get(name), Tensor) for name in names) and _is_counter(old.get("step"), p):
+        if all(isinstance(old.get(name), Tensor) for name in names) and (
+            mode not in COUNTING or _is_counter(old.get("step"), p)
+        ):
             return old
         state = dict(old)
         with torch.inference_mode(False):
+            if mode in COUNTING:
+                state["step"] = torch.as_tensor(old.get("step", 0.0), dtype=torch.float32).to(p.device, copy=True)
             for name in names:
-                if name == "step":
-                    step = old.get(name, 0.0)
-                    state[name] = torch.as_tensor(step, dtype=torch.float32).to(p.device, copy=True)
-                elif not isinstance(old.get(name), Tensor):
+                if not isinstance(old.get(name), Tensor):
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
 
-    # What differs from one optimizer to another.
+    # A subclass defines these two.
 
     def _mode(self, group: dict[str, Any]) -> Mode:
         raise NotImplementedError
 
-    def _state_names(self, mode: Mode) -> tuple[str, ...]:
-        """The names in the state, in the order in which a sweep has them."""
-        raise NotImplementedError
-
     def _settings(self, group: dict[str, Any], number: int, is_first: bool) -> Settings:
-        """The numbers of a group as they are now; raises TypeError or ValueError for those that make no sense."""
+        """Return the numbers of a param group as they are now; raise TypeError or ValueError for invalid ones."""
         raise NotImplementedError
 
 
 def _is_counter(step: object, p: Tensor) -> bool:
-    """Whether kernels can count steps in it; what has no counter needs none."""
-    if step is None:
-        return True
+    """Return whether kernels can count steps in `step`."""
     return isinstance(step, Tensor) and step.device == p.device and step.dtype == torch.float32
 
 
 def learning_rate(group: dict[str, Any], number: int) -> Strength:
-    """The lr of a group; ValueError for one that is negative, NaN or infinite."""
-    lr = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else check_strength(lr, f"lr of param group {number}")
+    """Return the lr of param group `number`; ValueError if it has none or one that is negative, NaN or infinite."""
+    lr = group.get("lr")
+    if lr is None:
+        raise ValueError(f"param group {number} of the optimizer has no lr, by which a proximal step would shrink")
+    if isinstance(lr, Tensor):
+        # Reading host memory does not wait, but a compiler would break the graph there.
+        lr = lr.item() if lr.device.type == "cpu" and not torch.compiler.is_compiling() else lr.reshape(())
+    return check_strength(lr, f"lr of param group {number}")
 
 
-def strengths_of(
+def penalty_strengths(
     group: dict[str, Any], number: int, factor: float = 1.0
 ) -> tuple[Strength, Strength, Strength, Strength]:
-    """l1 and l2 for the gradient, and times `factor` for the proximal step: one pair of both is 0."""
+    """Return l1 and l2 for the gradient, and l1 and l2 times `factor` for the proximal step: one of both pairs is 0."""
     if group.get("maximize"):
         raise ValueError("maximize=True would reward the penalty; minimize -loss instead")
     if group.get("differentiable"):
@@ -264,13 +270,3 @@ def strengths_of(
     if not isinstance(group["prox"], bool):
         raise TypeError(f"prox of param group {number} must be True or False, got {group['prox']!r}")
     return (0.0, 0.0, l1 * factor, l2 * factor) if group["prox"] else (l1, l2, 0.0, 0.0)
-
-
-def _lr(group: dict[str, Any], number: int) -> Strength:
-    lr = group.get("lr")
-    if lr is None:
-        raise ValueError(f"param group {number} of the optimizer has no lr, by which a proximal step would shrink")
-    if isinstance(lr, Tensor):
-        # In host memory there is nothing to wait for.
-        lr = lr.item() if lr.device.type == "cpu" else lr.reshape(())
-    return check_strength(lr, f"lr of param group {number}")

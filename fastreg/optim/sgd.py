@@ -1,4 +1,4 @@
-"""SGD with the penalty inside, and how far its step goes per unit of gradient."""
+"""SGD with the penalty inside, and the factor of momentum in its step size."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch.optim.optimizer import ParamsT
 
 from fastreg.core.checks import Impl
 from fastreg.core.penalty import Strength
-from fastreg.core.types import Mode, Settings
-from fastreg.optim.base import Penalized, learning_rate, strengths_of
+from fastreg.core.types import Mode, SGDSettings
+from fastreg.optim.base import Penalized, learning_rate, penalty_strengths
 
 
 class SGD(Penalized, torch.optim.SGD):
@@ -54,27 +54,23 @@ class SGD(Penalized, torch.optim.SGD):
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, differentiable=differentiable
         )  # type: ignore[call-arg]
-        self._penalize(l1, l2, prox, track, impl)
+        self._init_penalty(l1, l2, prox, track, impl)
 
     def _mode(self, group: dict[str, Any]) -> Mode:
         return Mode.SGD if group["momentum"] == 0 else Mode.MOMENTUM
 
-    def _state_names(self, mode: Mode) -> tuple[str, ...]:
-        return () if mode is Mode.SGD else ("momentum_buffer",)
-
-    def _settings(self, group: dict[str, Any], number: int, is_first: bool) -> Settings:
+    def _settings(self, group: dict[str, Any], number: int, is_first: bool) -> SGDSettings:
         momentum, dampening, nesterov = group["momentum"], group["dampening"], group["nesterov"]
         has_prox = group["prox"] is True and any(isinstance(s, Tensor) or s != 0 for s in (group["l1"], group["l2"]))
         factor = momentum_factor(momentum, dampening, nesterov) if has_prox else 1.0
-        # torch.optim's first buffer is the gradient, whatever the dampening; here there were zeros before it.
-        return Settings(
-            learning_rate(group, number), group["weight_decay"], 0.0, *strengths_of(group, number, factor),
-            momentum, 0.0 if is_first else dampening, float(nesterov),
-        )  # fmt: skip
+        lr, strengths = learning_rate(group, number), penalty_strengths(group, number, factor)
+        # torch.optim's first buffer is the gradient, without dampening. Here the buffer starts at zero.
+        dampening = 0.0 if is_first else dampening
+        return SGDSettings(lr, group["weight_decay"], 0.0, *strengths, momentum, dampening, float(nesterov))
 
 
 def momentum_factor(momentum: float, dampening: float, nesterov: bool) -> float:
-    """How much further than lr a step of SGD goes per unit of a gradient that has settled.
+    """Return how far a step of SGD goes, in units of lr, per unit of a gradient that has settled.
 
     A buffer b = m * b + (1 - d) * g ends at g * (1 - d) / (1 - m); Nesterov's step is g + m * b. ValueError for m >= 1
     and for d > 1.

@@ -95,7 +95,7 @@ def _written(request: Request) -> Sequence[Tensor]:
     """The gradients or states that a sweep writes."""
     if request.step is None:
         return request.grads or ()
-    return request.step.tensors() if request.mode is not Mode.ADAM_PROX else ()
+    return request.step.tensors() if request.mode is not Mode.ELEMENTWISE_PROX else ()
 
 
 def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastreg.core.dtensor import local_shards
 from fastreg.core.penalty import Measure, Strength
 from fastreg.core.strengths import penalty_of_groups, per_group
-from fastreg.core.types import Mode, Request, Update, Want, Work
+from fastreg.core.types import Mode, Request, StepInputs, Want, Work
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.inplace import check_writable, mark_changed
 
@@ -41,9 +41,9 @@ def apply_prox_of_groups(work: Work, steps: Sequence[Strength], param_groups: Se
     return plain.weighted(measured.sums(len(pairs)), measured.total.dtype)
 
 
-def apply_elementwise_prox(work: Work, step: Update) -> Measure | None:
+def apply_elementwise_prox(work: Work, step: StepInputs) -> Measure | None:
     """Shrink each element by a step size of its own, which `step` has. Return the value before it."""
-    return _prox_sweep(work, Request(Mode.ADAM_PROX, step=step))
+    return _prox_sweep(work, Request(Mode.ELEMENTWISE_PROX, step=step))
 
 
 def _prox_sweep(work: Work, request: Request) -> Measure | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastreg.core.dtensor import as_placed, is_dtensor, local_shard
 from fastreg.core.layout import find_layout
 from fastreg.core.penalty import Measure
-from fastreg.core.types import Request, Update, Work
+from fastreg.core.types import Request, StepInputs, Work
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.inplace import check_writable, mark_changed
 
@@ -45,8 +45,8 @@ def apply_steps(batches: Sequence[tuple[Work, Request]]) -> list[Measure | None]
     return measured
 
 
-def _check_step(work: Work, grads: Sequence[Tensor], update: Update) -> None:
-    states = [state for state in update.states if state is not None]
+def _check_step(work: Work, grads: Sequence[Tensor], step: StepInputs) -> None:
+    states = list(step.states.values())
     for i, (name, w, grad) in enumerate(zip(work.names, work.weights, grads, strict=True)):
         check_writable(local_shard(w), f"parameter {name!r}")
         if grad.layout != torch.strided:

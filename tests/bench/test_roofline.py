@@ -37,7 +37,7 @@ TARGETS = [
     ("mode", "dtype"),
     [
         *itertools.product(["value", "accumulate", "prox"], NARROW),
-        *itertools.product(["momentum", "adam", "adam-prox"], ["fp32", "bf16"]),
+        *itertools.product(["momentum", "adam", "elementwise-prox"], ["fp32", "bf16"]),
     ],
 )
 def test_memory_is_the_limit(mode: str, dtype: str, target: str) -> None:

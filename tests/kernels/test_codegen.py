@@ -26,7 +26,7 @@ pytestmark = [
 
 # Numbers for each weight: with a gradient, a momentum buffer or first moment, a second moment, the largest of those.
 READ_AND_WRITTEN = {
-    Mode.ADAM_PROX: (2, 1),
+    Mode.ELEMENTWISE_PROX: (2, 1),
     Mode.SGD: (2, 1),
     Mode.MOMENTUM: (3, 2),
     Mode.ADAM: (4, 3),
@@ -73,7 +73,7 @@ def test_what_changes_between_calls_compiles_nothing(target: str) -> None:
         call = functools.partial(codegen.sweep_once, VARIANTS[variant], weights, strength, scale)
         return codegen.record(TARGETS[target], call)
 
-    for variant in ("value", "accumulate", "accumulate-scaled", "prox", "momentum", "adam", "adam-prox"):
+    for variant in ("value", "accumulate", "accumulate-scaled", "prox", "momentum", "adam", "elementwise-prox"):
         first = requests(variant, BLOCK, 1.0, 0)
         assert requests(variant, BLOCK, 0.0, 0) == first
         assert requests(variant, BLOCK, 0.1, 1) == first

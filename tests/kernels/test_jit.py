@@ -394,5 +394,5 @@ def test_the_proximal_step_after_adam_is_one_launch_beside_the_value(driver: Stu
     for n_compiled in (2, 0, 0):
         driver.clear()
         step_of(optimizer, weights)
-        assert variants(driver.launches) == {("_sweep_kernel", "adam_prox", True): 1, ("_finish_kernel",): 1}
+        assert variants(driver.launches) == {("_sweep_kernel", "elementwise_prox", True): 1, ("_finish_kernel",): 1}
         assert len(driver.compiled) == n_compiled

@@ -4,17 +4,19 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer
 
 import fastreg.optim
 from fastreg import ElasticNet
+from tests import oracle
 from tests.support.cases import CASES, DTYPES, leaf, make
 from tests.support.helpers import Path, bits, memory, naming, outside
-from tests.support.metric import ADAMS, MAKERS, SGDS, Attached, forms, gradients, state_bits
+from tests.support.metric import ADAMS, MAKERS, OTHERS, SGDS, Attached, forms, gradients, state_bits
 
 L1, L2 = 0.1, 0.2
 # Weights with gaps in memory are not for torch's fused optimizers, which write across them.
@@ -56,6 +58,79 @@ def test_every_shape_in_one_step(path: Path, kind: str, dtype: torch.dtype) -> N
                 gradients(weights)
                 attached.step()
             assert [bits(memory(w)[outside(w)]) for w in weights] == around
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_optimizers(path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Several steps of every form, with gradients of exactly 0 in the first ones; groups, and late first gradients."""
+    is_slow = path == ("triton", "cpu")
+    for form, options in forms(path, OTHERS[kind]).items():
+        with naming(form):
+            shapes = [(40,), (3, 5), (1,)] if is_slow else [(2049,), (40,), (3, 5), (1,), ()]
+            weights = randn(path, *shapes, dtype=dtype)
+            narrow = {"eps": 1e-2} if dtype == torch.float16 else {}
+            groups = [{"params": weights[:1], **narrow}, {"params": weights[1:], "lr": 0.25, **narrow}]
+            optimizer = OTHERS[kind](groups, **options)
+            attached = attach(optimizer, weights, path)
+            for step in range(2 if is_slow else 4):
+                gradients(weights)
+                if step == 0:
+                    weights[1].grad = None
+                    weights[0].grad.view(-1)[:8] = 0.0  # type: ignore[union-attr]
+                if step == 2:
+                    weights[0].grad = None
+                with naming(f"step {step}"):
+                    attached.step()
+
+
+@pytest.mark.parametrize("kind", [*ADAMS, *OTHERS])
+def test_counters_on_a_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that may not be read, as those of capturable optimizers: the same steps."""
+
+    def stay(number: Any) -> Any:
+        return torch.as_tensor(number, dtype=torch.float32)
+
+    monkeypatch.setattr("fastreg.optim.step_size._on_host", stay)
+    weights = randn(("torch", "cpu"), (40,), (3, 5), (7,))
+    optimizer = {**ADAMS, **OTHERS}[kind](weights)
+    attached = attach(optimizer, weights, ("torch", "cpu"))
+    for step in range(4):
+        gradients(weights)
+        if step < 2:
+            weights[1].grad = None
+        attached.step()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_weights_of_others_that_have_seen_no_gradient(path: Path, kind: str) -> None:
+    """Not on a first step; from then on they move no further than the reach, whatever the strength."""
+    (w,) = randn(path, (6,))
+    optimizer = OTHERS[kind]([w], weight_decay=0.0)
+    ElasticNet([w], 10.0, impl=path[0]).attach(optimizer, mode="prox")
+    for step in range(3):
+        before = w.detach().clone()
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+        if "initial value" not in kind and (step == 0 or "centered" in kind):
+            assert bits(w) == bits(before)
+        bound = oracle.reach(optimizer, optimizer.param_groups[0], optimizer.state[w])
+        assert (np.abs(oracle.array(w - before)) <= 1.001 * bound).all()
+        assert torch.isfinite(w).all()
+
+
+def test_norms_of_adamax_that_vanish(path: Path) -> None:
+    """In float16, the squares of small norms are 0: the weights move by the reach, and are not NaN."""
+    for l1, l2 in ((0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
+        w = nn.Parameter(torch.full((5,), 2.0, dtype=torch.float16, device=path[1]))
+        optimizer = Adamax([w], lr=0.125, eps=1e-4)
+        ElasticNet([w], l1, l2, impl=path[0]).attach(optimizer, mode="prox")
+        for _ in range(2):
+            before = w.detach().clone()
+            w.grad = torch.tensor([1e-4, -1e-4, 0.0, 1.0, 2e-4], dtype=torch.float16, device=path[1])
+            optimizer.step()
+            assert torch.isfinite(w).all()
+            assert ((w - before).abs() <= 0.125 * 3.01).all()
 
 
 @pytest.mark.parametrize(("name", "options"), [("SGD", {"momentum": 0.9}), ("Adam", {"amsgrad": True}), ("AdamW", {})])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim import ASGD, SGD, Adadelta, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 import fastreg
 from fastreg import ElasticNet
@@ -48,10 +48,15 @@ class OwnMomentum(SGD):
     """Not the step but its name."""
 
 
+class OwnName(NAdam):
+    """Likewise."""
+
+
 UNKNOWN: dict[str, Callable[..., Optimizer]] = {
-    "RMSprop": partial(RMSprop, lr=0.01),
-    "NAdam": partial(NAdam, lr=0.01),
-    "Adagrad": partial(Adagrad, lr=0.01),
+    "RAdam": partial(RAdam, lr=0.01),
+    "Adadelta": partial(Adadelta, lr=0.01),
+    "ASGD": partial(ASGD, lr=0.01),
+    "Rprop": partial(Rprop, lr=0.01),
     "OwnStep": partial(OwnStep, lr=0.01),
     "OwnStepInBetween": partial(OwnStepInBetween, lr=0.01),
 }
@@ -64,7 +69,8 @@ def test_unknown_step_sizes_are_refused(kind: str, metric: Any) -> None:
     before = bits(*model.parameters())
     optimizer = UNKNOWN[kind](model.parameters())
     reg = ElasticNet(model, L1, L2)
-    with pytest.raises(ValueError, match=f'{kind}.*metric="lr"'):
+    known = "torch.optim.SGD, Adam, AdamW, RMSprop, Adagrad, NAdam and Adamax"
+    with pytest.raises(ValueError, match=f'{kind} is not known, only those of {known}.*metric="lr"'):
         reg.attach(optimizer, mode="prox", **metric)
     assert bits(*model.parameters()) == before
     other = net()
@@ -83,7 +89,11 @@ def test_unknown_step_sizes_take_the_learning_rate(path: Path, kind: str) -> Non
         attached.step()
 
 
-@pytest.mark.parametrize("cls", [OwnDefaults, partial(OwnMomentum, lr=0.1, momentum=0.9)], ids=["Adam", "SGD"])
+@pytest.mark.parametrize(
+    "cls",
+    [OwnDefaults, partial(OwnMomentum, lr=0.1, momentum=0.9), partial(OwnName, lr=0.1)],
+    ids=["Adam", "SGD", "NAdam"],
+)
 def test_subclasses_with_the_step_of_their_class(path: Path, cls: Any) -> None:
     weights = [nn.Parameter(torch.randn(n, device=path[1])) for n in (40, 7)]
     attached = Attached(ElasticNet(weights, L1, L2, impl=path[0]), cls(weights), weights, [(L1, L2)] * 2, path)
@@ -123,7 +133,7 @@ def test_what_wrappers_and_instances_make_of_step_is_no_other_step() -> None:
     ElasticNet(other, L1, L2).attach(it, mode="prox")
     assert found == train(other, it)
     with pytest.raises(ValueError, match='metric="lr"'):
-        ElasticNet(other, L1, L2).attach(Wrapper(RMSprop(other.parameters())), mode="prox")  # type: ignore[arg-type]
+        ElasticNet(other, L1, L2).attach(Wrapper(RAdam(other.parameters())), mode="prox")  # type: ignore[arg-type]
 
 
 def test_misspelt_metrics() -> None:
@@ -169,6 +179,22 @@ def test_momentum_that_never_settles(momentum: float) -> None:
     later.step()
     handle.remove()
     reg.attach(optimizer(momentum), mode="prox", metric="lr")
+
+
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"alpha": 1.0}, {"alpha": 1.5, "centered": True}], ids=str)
+def test_options_of_rmsprop_that_have_no_step_size(options: Any) -> None:
+    model = net()
+    reg = ElasticNet(model, L1, L2)
+    with pytest.raises(ValueError, match=f"with {next(iter(options))}="):
+        reg.attach(RMSprop(model.parameters(), **options), mode="prox")
+    later = RMSprop(model.parameters())
+    reg.attach(later, mode="prox")
+    loss_of(model, 0).backward()
+    before = bits(*model.parameters())
+    later.param_groups[0].update(options)
+    with pytest.raises(ValueError, match=f"with {next(iter(options))}="):
+        later.step()
+    assert bits(*model.parameters()) == before
 
 
 class Hidden(SGD):

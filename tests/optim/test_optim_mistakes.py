@@ -1,5 +1,6 @@
 """What fastreg.optim refuses, with a reason, before anything is changed."""
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,10 @@ import torch
 from torch import nn
 
 import fastreg
-from tests.support.helpers import bits
+from fastreg.core.types import STATES, SGDSettings
+from fastreg.formulas.steps import take_steps
+from fastreg.optim.base import Penalized
+from tests.support.helpers import Path, bits
 from tests.support.training import loss_of, net
 
 KINDS = ["SGD", "Adam", "AdamW"]
@@ -113,6 +117,61 @@ def test_a_step_that_raises_has_changed_nothing(
     with pytest.raises(error, match=message):
         optimizer.step()
     assert bits(*tensors) == before
+
+
+class LionMode(enum.Enum):
+    """As a new member of Mode would be."""
+
+    LION = "lion"
+
+
+class Lion(Penalized, torch.optim.Optimizer):
+    """Has a first state only, as SGD with momentum has."""
+
+    def __init__(self, params: Any, impl: Any = None) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self._init_penalty(0.1, 0.0, False, False, impl)
+
+    def _mode(self, group: dict[str, Any]) -> Any:
+        return LionMode.LION
+
+    def _settings(self, group: dict[str, Any], number: int, is_first: bool) -> SGDSettings:
+        return SGDSettings(group["lr"], l1=group["l1"])
+
+
+def test_an_optimizer_whose_mode_has_no_states_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"LionMode\.LION is not a step: .*STATES has no entry"):
+        Lion(net().parameters())
+
+
+@pytest.mark.parametrize("way", ["as it is", "expressions", "adopted by SGD"])
+def test_an_optimizer_without_a_formula_of_its_own_makes_no_step(
+    path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of SGD with momentum, which has the same states; and nothing was written."""
+    impl, device = path
+    monkeypatch.setitem(STATES, LionMode.LION, ("exp_avg",))  # type: ignore[arg-type]
+    if way == "expressions":  # what compilers see, and devices without kernels
+        monkeypatch.setattr("fastreg.sweep.local.block_sweep", by_expressions)
+    model = net().to(device)
+    optimizer = Lion(model.parameters(), impl="torch" if way == "expressions" else impl)
+    if way == "adopted by SGD":
+        optimizer = fastreg.optim.SGD(model.parameters(), momentum=0.9, impl=impl)
+        monkeypatch.setattr(optimizer, "_mode", lambda group: LionMode.LION)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = bits(*model.parameters(), *(p.grad for p in model.parameters()))
+    with pytest.raises(Exception, match="step of") as raised:
+        optimizer.step()
+    assert "lion" in str(raised.value).lower()
+    assert bits(*model.parameters(), *(p.grad for p in model.parameters())) == before
+    assert not optimizer.state
+    with pytest.raises(ValueError, match=r"the step size of .* is not known"):
+        fastreg.ElasticNet(model, 0.1).attach(optimizer, mode="prox")
+
+
+def by_expressions(parts: Any, work: Any, request: Any) -> None:
+    take_steps(request.mode, work.weights, request.grads, work.groups, request.step)
 
 
 def test_parameters_that_have_no_penalty() -> None:

@@ -1,5 +1,6 @@
 """The proximal step by the step size of each optimizer, in NumPy float64, without a look at the library."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RMSprop
 
 from fastreg import ElasticNet
 from tests import oracle
@@ -27,11 +28,23 @@ ADAMS: dict[str, Maker] = {
     "AdamW": partial(AdamW, lr=0.125, weight_decay=0.1),
     "amsgrad": partial(Adam, lr=0.125, betas=(0.5, 0.5), amsgrad=True),
 }
+# The optimizers that fastreg.optim does not have.
+OTHERS: dict[str, Maker] = {
+    "RMSprop": partial(RMSprop, lr=0.125),
+    "RMSprop, momentum": partial(RMSprop, lr=0.125, momentum=0.5, alpha=0.9, eps=0.3),
+    "RMSprop, centered": partial(RMSprop, lr=0.125, centered=True, alpha=0.9, eps=0.01),
+    "Adagrad": partial(Adagrad, lr=0.125, lr_decay=0.5),
+    "Adagrad, initial value": partial(Adagrad, lr=0.125, initial_accumulator_value=0.5, eps=0.1),
+    "NAdam": partial(NAdam, lr=0.125),
+    "NAdam, decay": partial(NAdam, lr=0.125, betas=(0.8, 0.95), momentum_decay=0.5, weight_decay=0.1, eps=0.3),
+    "NAdam, decoupled": partial(NAdam, lr=0.125, betas=(0.0, 0.5), weight_decay=0.1, decoupled_weight_decay=True),
+    "Adamax": partial(Adamax, lr=0.125, betas=(0.8, 0.9)),
+}
 MAKERS = {**SGDS, **ADAMS}
 
 
-def forms(path: Path) -> dict[str, dict[str, Any]]:
-    """How torch.optim can make the same step."""
+def forms(path: Path, make: Maker | None = None) -> dict[str, dict[str, Any]]:
+    """How torch.optim can make the same step; with `make`, of those the ones that it takes."""
     found: dict[str, dict[str, Any]] = {
         "loop": {"foreach": False},
         "foreach": {"foreach": True},
@@ -39,7 +52,9 @@ def forms(path: Path) -> dict[str, dict[str, Any]]:
     }
     if path == ("triton", "cpu"):
         del found["foreach"], found["fused"]  # to the slow interpreter it is all the same
-    return found | ({"capturable": {"capturable": True}} if path[1] == "cuda" else {})
+    found |= {"capturable": {"capturable": True}} if path[1] == "cuda" else {}
+    taken = inspect.signature(make).parameters if make else {}
+    return {form: options for form, options in found.items() if not make or set(options) <= set(taken)}
 
 
 def prox(
