@@ -1,4 +1,4 @@
-"""The L1, L2 and elastic-net penalty of a whole PyTorch model, with its gradient, without copying the weights."""
+"""L1, L2 and elastic-net penalties of a whole PyTorch model, with their gradients, without a copy of the weights."""
 
 from fastreg import optim
 from fastreg.elastic_net import ElasticNet
@@ -27,4 +27,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return __all__  # what users may use; the modules are the library's own
+    return __all__  # public names only, without the submodules

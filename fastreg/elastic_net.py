@@ -1,4 +1,4 @@
-"""`ElasticNet`: the L1 + L2 penalty of parameters that it knows, for use at every step."""
+"""`ElasticNet`: the elastic-net penalty of a model, for use at every step."""
 
 from torch import Tensor
 
@@ -12,14 +12,16 @@ from fastreg.selection.params import Params
 
 
 class ElasticNet(Regularizer[Penalty]):
-    """`elastic_penalty` of the same parameters at every step: names, filters and pointer tables are kept.
+    """The elastic-net penalty of a model, for use at every step. See `elastic_penalty` for the formulas.
 
-    Takes the arguments of `elastic_penalty`. `l1` and `l2` can be assigned at any time; nothing is recompiled.
+    Names, filters and pointer tables are kept between calls. `l1` and `l2` can be assigned at any time; nothing is
+    recompiled. The next call notices parameters that were frozen, thawed, moved, converted, replaced or tied, and
+    modules that were replaced or added. Lists and group dicts are copied, so later changes of them have no effect.
 
-    The next call notices parameters that were frozen, thawed, moved, converted, replaced or tied, and modules that were
-    replaced or added. Lists and group dicts are copied, so later changes of them have no effect.
+    `last` is the `Penalty` at the last step of the attached optimizer, or None before the first step.
 
-    `last` is the `Penalty` at the last step of the optimizer that this is attached to, or None before the first step.
+    Args:
+        params, l1, l2, include, exclude, impl: As in `elastic_penalty`.
 
     Examples:
         >>> reg = fastreg.ElasticNet(model, l1=1e-5, l2=1e-4, exclude=fastreg.bias_and_norm)
@@ -46,9 +48,18 @@ class ElasticNet(Regularizer[Penalty]):
         cls, params: Params, alpha: float, l1_ratio: float,
         *, include: Filter = None, exclude: Filter = None, impl: Impl = None,
     ) -> "ElasticNet":  # fmt: skip
-        """As scikit-learn's ElasticNet (its documentation): l1 = alpha * l1_ratio, l2 = alpha * (1 - l1_ratio) / 2.
+        """Create an `ElasticNet` with the strengths that scikit-learn's ElasticNet(alpha, l1_ratio) has.
 
-        Raises ValueError for alpha < 0 and for l1_ratio outside [0, 1].
+        They are l1 = alpha * l1_ratio and l2 = alpha * (1 - l1_ratio) / 2.
+
+        Args:
+            params, include, exclude, impl: As in `elastic_penalty`.
+            alpha: The strength of both terms, at least 0.
+            l1_ratio: The share of L1, from 0 to 1.
+
+        Raises:
+            ValueError: As in `elastic_penalty`, or `alpha` is negative, or `l1_ratio` is outside [0, 1].
+            TypeError: As in `elastic_penalty`.
         """
         alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
         if not isinstance(ratio, Tensor) and ratio > 1:
@@ -58,7 +69,7 @@ class ElasticNet(Regularizer[Penalty]):
 
     @property
     def l1(self) -> Strength:
-        """Strength of Σ|w| where a group has none of its own: a float, or a 0-dim tensor read on the device."""
+        """Strength of Σ|w| for groups without their own: a float, or a 0-dim tensor that is read on the device."""
         return self._strength(0)
 
     @l1.setter
@@ -67,7 +78,7 @@ class ElasticNet(Regularizer[Penalty]):
 
     @property
     def l2(self) -> Strength:
-        """Strength of Σw² where a group has none of its own: a float, or a 0-dim tensor read on the device."""
+        """Strength of Σw² for groups without their own: a float, or a 0-dim tensor that is read on the device."""
         return self._strength(1)
 
     @l2.setter

@@ -1,17 +1,4 @@
-"""The public functions: the elastic-net penalty of a whole model, as a loss term, in place, and as a proximal step.
-
-For weights w_t with strengths l1 and l2 (a group's own, or the call's) the penalty, its gradient and its proximal
-operator are
-
-    penalty     l1 * Σ_t Σ|w_t|  +  l2 * Σ_t Σ w_t²
-    gradient    l1 * sign(w)  +  2 * l2 * w                               with sign(±0) = 0
-    prox_lr     sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2)
-
-There is no factor ½: l2 multiplies the plain sum of squares, as in Keras. So l2 acts as weight_decay = 2 * l2 does in
-torch.optim.SGD, and scikit-learn's ElasticNet(alpha, l1_ratio) has l1 = alpha * l1_ratio and
-l2 = alpha * (1 - l1_ratio) / 2.
-The proximal operator is the closed form in Parikh and Boyd, Proximal Algorithms (2014), section 6.5.3.
-"""
+"""The public functions: the elastic-net penalty of a whole model, as a loss term, in place, and as a proximal step."""
 
 from typing import Literal, overload
 
@@ -56,42 +43,53 @@ def elastic_penalty(
     reduce: bool = True,
     impl: Impl = None,
 ) -> Tensor | Penalty:
-    """The L1 + L2 penalty of all weights, l1 * Σ|w| + l2 * Σw², to add to a loss.
+    """Return the elastic-net penalty of all weights, to add to a loss.
 
-    The same number as `l1 * torch.cat([p.flatten() for p in params]).abs().sum() + l2 * (the same).square().sum()`,
-    from one pass over the weights and without copying them; the backward pass makes another one. Formulas and
-    conventions: the docstring of fastreg.functional.
+    For a weight w with strengths l1 and l2, those of its group or of the call:
+
+        penalty    l1 * Σ|w| + l2 * Σw²
+        gradient   l1 * sign(w) + 2 * l2 * w                  sign(0) = 0, also for -0.0
+        prox_lr    sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2)
+
+    `elastic_prox_` applies prox_lr. There is no factor ½: l2 multiplies the sum of squares, so l2 acts like weight_decay=2 * l2 in torch.optim.SGD.
+    `ElasticNet.from_alpha` takes the parameters of scikit-learn.
+
+    With `flat = torch.cat([p.flatten() for p in params])`, the value equals
+    `l1 * flat.abs().sum() + l2 * flat.square().sum()`. The forward pass reads the weights once and does
+    not copy them. The backward pass reads them once more.
 
     Args:
-        params: an nn.Module, a tensor, an iterable of tensors or of (name, tensor) pairs, or a list of group dicts as
-            optimizers take them, `{"params": <any of these>, "l1": ..., "l2": ...}`; a strength that a group leaves out
-            is the call's. Weights are float64, float32, bfloat16 or float16, mixed as you like, of any shape and
-            strides. Tied weights count once; frozen ones (requires_grad=False) not at all, unless everything passed is
-            a plain tensor without gradients: then all count, and the value is not differentiable in them.
-        l1, l2: floats, or 0-dim floating-point tensors on the weights' device, which are read there and may require
-            gradients themselves. A tensor's value is not checked: that would mean waiting for the device.
-        include, exclude: which parameters count: a regular expression searched in the name, a callable
-            (name, param) -> bool, or a module class or tuple of them, for the parameters that such modules own.
-            exclude wins. `bias_and_norm` is a ready callable for `exclude`. Names are those of your own model, without
-            what torch.compile, DataParallel and DDP put before them.
-        return_terms: return the `Penalty` (total, l1, l2) instead of the total alone.
-        reduce: for DTensor weights: sum over the ranks that hold the shards, one all-reduce of two numbers per mesh and
-            strength group. With False every rank gets its own terms, whose sum over the ranks of the mesh is the
-            penalty: to be summed together with other metrics. The gradient is the same either way.
-        impl: "triton" or "torch" to force an implementation; None takes Triton for CUDA and ROCm tensors where it is
+        params: An nn.Module, a tensor, an iterable of tensors or of (name, tensor) pairs, or a list of group dicts as
+            optimizers take them: `{"params": ..., "l1": ..., "l2": ...}`. A group without a strength uses the call's.
+            Weights may be float64, float32, bfloat16 or float16, mixed, and of any shape and strides. Tied weights
+            count once. Frozen weights (requires_grad=False) do not count. If `params` has only plain tensors without
+            gradients, all of them count, and the value is not differentiable in them.
+        l1, l2: Floats, or 0-dim floating-point tensors on the weights' device, which may require gradients. The value
+            of a tensor is read on the device and not checked, because a check would wait for the device.
+        include, exclude: Which parameters count: a regular expression searched in the name, a callable
+            (name, param) -> bool, or a module class or a tuple of them, for the parameters that such modules own.
+            exclude takes precedence. `bias_and_norm` is a callable for `exclude`. Names are those of your own model,
+            without the prefixes of torch.compile, DataParallel and DDP.
+        return_terms: Return the `Penalty` (total, l1, l2) instead of the total alone.
+        reduce: For DTensor weights: sum the value over the ranks that hold the shards, in one all-reduce of two numbers
+            per mesh and strength group. With False, each rank gets its own terms, which sum to the penalty over the
+            ranks of the mesh. The gradient is the same.
+        impl: "triton" or "torch" forces an implementation. None chooses Triton for CUDA and ROCm tensors if it is
             installed, else PyTorch.
 
     Returns:
-        A 0-dim tensor, float32 (float64 if any weight is), on the first weight's device; or a `Penalty` of three.
+        A 0-dim tensor, float32 (float64 if any weight is float64), on the first weight's device. With return_terms, a
+            `Penalty` of three such tensors.
 
     Raises:
-        ValueError: a negative, NaN or infinite strength, a strength that is not 0-dim or on another device, nothing
-            selected, an `include` that matches nothing, a weight in two groups, a group key that looks misspelt.
-        TypeError: integer, complex, sparse, quantized or meta weights, arguments of another kind.
-        RuntimeError: impl="triton" where it cannot run; later, from backward, weights that were changed since.
+        ValueError: A strength is negative, NaN, infinite, not 0-dim or on another device. Nothing is selected, or
+            `include` matches nothing. A weight is in two groups. A group key looks misspelled.
+        TypeError: A weight is integer, complex, sparse, quantized or on the meta device. An argument has the wrong
+            type.
+        RuntimeError: impl="triton" cannot run here. Later, in backward: a weight was changed after this call.
 
     Warns:
-        UserWarning: an `exclude` that matches nothing.
+        UserWarning: `exclude` matches nothing.
 
     Examples:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
@@ -110,18 +108,26 @@ def add_elastic_grad_(
     reduce: bool = True,
     impl: Impl = None,
 ) -> Penalty:
-    """Adds the penalty's gradient, l1 * sign(w) + 2 * l2 * w, to .grad, and returns the penalty, in one pass.
+    """Add the penalty's gradient, l1 * sign(w) + 2 * l2 * w, to .grad and return the penalty.
 
-    The cheapest penalty outside an optimizer: it reads the weights once, reads and writes .grad once, and needs no
-    backward pass. Call it after backward and before optimizer.step(); `ElasticNet.attach` does so by itself. A .grad
-    that is None is created. Nothing waits for the device.
+    This is the cheapest penalty outside an optimizer. It reads the weights once, reads and writes .grad once, and needs
+    no backward pass. Call it after backward and before optimizer.step(). Under GradScaler, call it after
+    `scaler.unscale_(optimizer)`. `ElasticNet.attach` needs no such calls. A .grad that is None is created. The call
+    does not wait for the device.
 
-    Args: as `elastic_penalty`. Gradients with respect to l1 and l2 are not formed.
+    Args:
+        params, include, exclude, reduce, impl: As in `elastic_penalty`.
+        l1, l2: As in `elastic_penalty`. Their own gradients are not computed.
 
-    Returns: the `Penalty` of the weights as they are, without a graph.
+    Returns:
+        The `Penalty` of the current weights, without a graph.
 
-    Raises: as `elastic_penalty`, and TypeError for a .grad of another dtype or device than its weight, ValueError for
-    one of another shape. Any error leaves weights and gradients as they were.
+    Raises:
+        ValueError: As in `elastic_penalty`, or a .grad has another shape than its weight.
+        TypeError: As in `elastic_penalty`, or a .grad has another dtype or device than its weight.
+        RuntimeError: impl="triton" cannot run here, or a .grad cannot be changed in place.
+
+    Errors leave weights and gradients unchanged.
 
     Examples:
         >>> criterion(model(x), y).backward()
@@ -143,19 +149,25 @@ def elastic_prox_(
     exclude: Filter = None,
     impl: Impl = None,
 ) -> None:
-    """Applies the proximal step of the penalty to the weights in place: w = prox_lr(w), with exact zeros.
+    """Apply the proximal step of the penalty to the weights in place. It leaves exact zeros.
 
-    prox_lr(w) = sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2). Call it after optimizer.step() instead of adding
-    the penalty to the loss: with plain SGD that is the proximal gradient method (ISTA; Beck and Teboulle, 2009).
+        w = sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2)
 
-    Takes the arguments of `elastic_penalty`, and `lr`.
+    This is the closed form of Parikh and Boyd, Proximal Algorithms (2014), section 6.5.3. Call it after
+    optimizer.step() and do not add the penalty to the loss. With plain SGD this is the proximal gradient method (ISTA;
+    Beck and Teboulle, 2009). Backward through a graph that was recorded before the call raises RuntimeError.
 
     Args:
-        lr: the step size, that of the optimizer as a rule: a float, or a 0-dim tensor on the weights' device.
+        params, l1, l2, include, exclude, impl: As in `elastic_penalty`.
+        lr: The step size, usually the optimizer's learning rate: a float, or a 0-dim tensor on the weights' device.
 
-    Raises: as `elastic_penalty`, and ValueError for a negative, NaN or infinite lr and for an expanded weight, whose
-    elements share memory. Any error leaves the weights as they were. A graph recorded before this call refuses to run
-    backward after it.
+    Raises:
+        ValueError: As in `elastic_penalty`, or `lr` is negative, NaN or infinite, or a weight is expanded, so that its
+            elements share memory.
+        TypeError: As in `elastic_penalty`.
+        RuntimeError: impl="triton" cannot run here, or a weight cannot be changed in place.
+
+    Errors leave the weights unchanged.
 
     Examples:
         >>> optimizer.step()

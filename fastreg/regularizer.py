@@ -1,4 +1,4 @@
-"""What `ElasticNet` and its kin share: a penalty that knows its parameters, for use at every step."""
+"""`Regularizer`, the base class of `ElasticNet`: the penalty of a model, for use at every step."""
 
 from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
 
@@ -24,13 +24,13 @@ R = TypeVar("R")  # the NamedTuple of the total and its terms
 
 
 class Regularizer(Generic[R]):
-    """A penalty of the same parameters at every step: names, filters and pointer tables are kept.
+    """The penalty of a model, for use at every step. Names, filters and pointer tables are kept between calls.
 
-    A subclass names its penalty and has an argument and a property for each strength. A strength can be assigned at any
+    A subclass sets `_PENALTY` and has an argument and a property for each strength. A strength can be assigned at any
     time; nothing is recompiled.
     """
 
-    # No other attributes: a misspelt `reg.lambda1 = 0.1` would be no strength.
+    # With slots, a misspelled `reg.lambda1 = 0.1` is an error.
     __slots__ = (
         "__weakref__",
         "_attachment",
@@ -72,7 +72,7 @@ class Regularizer(Generic[R]):
     @overload
     def __call__(self, *, return_terms: bool, reduce: bool = True) -> Tensor | R: ...
     def __call__(self, *, return_terms: bool = False, reduce: bool = True) -> Tensor | R:
-        """The penalty of the weights as they are now; see `fastreg.elastic_penalty`."""
+        """Return the penalty of the current weights. See `fastreg.elastic_penalty`."""
         work = self._current()
         if reduce is not True:
             check_reduce(reduce)
@@ -82,7 +82,10 @@ class Regularizer(Generic[R]):
         return compute_penalty(work, Want.TERMS if return_terms else Want.TOTAL)  # type: ignore[no-any-return]
 
     def add_grad_(self, *, reduce: bool = True) -> R:
-        """Add the penalty's gradient to .grad and return the penalty; see `fastreg.add_elastic_grad_`."""
+        """Add the penalty's gradient to .grad and return the penalty. See `fastreg.add_elastic_grad_`.
+
+        Under GradScaler, call it after `scaler.unscale_(optimizer)`.
+        """
         work = self._current()
         if reduce is not True:
             check_reduce(reduce)
@@ -91,7 +94,7 @@ class Regularizer(Generic[R]):
             return work.penalty.result(add_gradient(work))  # type: ignore[no-any-return]
 
     def prox_(self, lr: Strength) -> None:
-        """Shrinks the weights by the proximal step of size `lr`; see `elastic_prox_`."""
+        """Shrink the weights by a proximal step of size `lr`. See `fastreg.elastic_prox_`."""
         step = check_strength(lr, "lr")
         with torch.no_grad():
             apply_prox(self._current(), step)
@@ -103,36 +106,40 @@ class Regularizer(Generic[R]):
         *,
         metric: Literal["optimizer", "lr"] | None = None,
     ) -> Attachment:
-        """Makes every `optimizer.step()` apply the penalty, once, however many micro-batches went before it.
+        """Apply the penalty at every `optimizer.step()`, once, after any number of micro-batches.
 
-        The loss then goes without: nothing of the penalty passes through backward.
+        Do not add the penalty to the loss as well. It does not take part in backward.
 
         Args:
-            optimizer: any torch.optim.Optimizer that holds all selected weights; foreach, fused and capturable ones
-                and GradScaler are supported. Of a wrapper such as Accelerate's the optimizer inside is used.
-            mode: "grad" adds the gradient right before the step, of step(closure) when the closure is done: after any
-                clipping, which therefore does not see it.
-                "prox" shrinks the weights right after the step, so that those which do not pay for themselves become
-                exactly zero.
-            metric: the size of that proximal step. "optimizer", the default, is the optimizer's own step per unit of
-                gradient, with which training ends at the minimum of loss + penalty (the formulas are in
-                fastreg.optim): of torch.optim's and fastreg.optim's SGD, Adam and AdamW. Parameters without a gradient
-                make no step and are not shrunk. "lr" takes the learning rate of the param group, for any optimizer and
-                all parameters: a shrinkage decoupled from the optimizer, as AdamW's weight decay is, which for
-                momentum and Adam is another and mostly weaker penalty.
+            optimizer: Any torch.optim.Optimizer that holds all selected weights. foreach, fused and capturable
+                optimizers and GradScaler are supported. Wrappers such as Accelerate's are unwrapped.
+            mode: "grad" adds the penalty's gradient right before the step, or after the closure in step(closure).
+                Gradient clipping does not see it. "prox" shrinks the weights right after the step, which leaves exact
+                zeros.
+            metric: The size of the proximal step in mode "prox". "optimizer", the default, is the optimizer's own step
+                size per unit of gradient (the formulas are in fastreg.optim). Training then ends at the minimum of
+                loss + penalty. This step size is known for torch.optim's SGD, RMSprop, Adagrad, Adam, AdamW, NAdam and
+                Adamax, and for fastreg.optim's optimizers. Parameters without a gradient make no step and are not
+                shrunk. "lr" is the learning rate of the param group, for any optimizer and all parameters. This
+                decouples the shrinkage from the optimizer, as AdamW does with weight decay. With momentum or Adam it is
+                another, mostly weaker penalty.
 
-        Returns: a handle with `remove()`. `last` is the `Penalty` at each step from now on.
+        Returns:
+            A handle with `remove()`. From now on, `last` is the `Penalty` at the last step.
 
         Raises:
-            ValueError: a selected weight that the optimizer does not hold, an unknown mode; maximize=True or a metric,
-                in mode "grad"; in mode "prox", also later from step(), a param group without lr or with a negative one,
-                an optimizer whose steps are not known, momentum from 1 on, or one that keeps copies of the weights.
-            TypeError: not an optimizer; LBFGS, which needs the penalty in its loss; SparseAdam, in mode "grad".
-            RuntimeError: attached already; later, from step(), a closure that is not called once, in mode "grad".
+            ValueError: `mode` or `metric` is unknown, or the optimizer does not hold a selected weight. In mode "grad":
+                a metric, or maximize=True. In mode "prox", also later in step(): a param group has no lr or a negative
+                one, momentum is 1 or more, the optimizer's step size is not known, or the optimizer keeps copies of the
+                weights.
+            TypeError: `optimizer` is not an optimizer, or is LBFGS, which needs the penalty in its loss. In mode
+                "grad": it is SparseAdam.
+            RuntimeError: This penalty is attached already. In mode "grad", later in step(): the closure is not called
+                exactly once.
 
         Warns:
-            UserWarning: another penalty of the same weights is attached to the optimizer; later, from backward, this
-                one is part of a loss as well.
+            UserWarning: Another penalty of the same weights is attached, or the optimizer has strengths of its own.
+                Later, in backward: this penalty is part of a loss as well.
         """
         if self._attachment is not None and self._attachment.is_active:
             raise RuntimeError(f"this {type(self).__name__} is attached already; call .remove() on its handle first")
@@ -140,11 +147,14 @@ class Regularizer(Generic[R]):
         return self._attachment
 
     def summary(self) -> str:
-        """A table of the weights with their strengths and exact zeros, and what is left out. Waits for the device."""
+        """Return a table of the weights with their strengths and exact zeros, and of the tensors that are left out.
+
+        The call waits for the device. For sharded weights, all ranks must call it.
+        """
         return summary_of(self._current(), self._params, self._filters[1])
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        # Optimizers leave their hooks behind when they are copied or pickled, and so does this.
+        # Copied and pickled optimizers lose their hooks, so a copy is not attached.
         names = [n for cls in type(self).__mro__ for n in getattr(cls, "__slots__", ()) if hasattr(self, n)]
         kept: dict[str, Any] = {name: getattr(self, name) for name in names if name != "__weakref__"}
         kept |= {"_attachment": None, "_work": None, "_strengths": [*self._strengths], "_buffers": []}
@@ -153,7 +163,7 @@ class Regularizer(Generic[R]):
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
         for name, value in {**(state[0] or {}), **state[1]}.items():
             setattr(self, name, value)
-        self._store_for_compilers()  # in buffers of its own
+        self._store_for_compilers()  # in new buffers
 
     def __repr__(self) -> str:
         weights = self._selection.weights
@@ -166,15 +176,15 @@ class Regularizer(Generic[R]):
         self.last = result
 
     def _current(self) -> Work:
-        """The weights with their groups and strengths, as they are now."""
+        """Return the current weights with their groups and strengths."""
         is_traced = is_traced_now()
         tensors = self._selection.current(self._params, is_traced)
         if tensors is None:
             self._selection, self._work = Selection(self._params, self._PENALTY, *self._filters), None
             tensors = self._selection.candidates.tensors
-        # Not under torch.compile: the kept work holds floats, which would be compiled in as constants.
+        # Not under torch.compile, which would take the floats in the cached work for constants.
         work = None if is_traced else self._work
-        if work is not None and work.layout is self._selection.layout:  # or both have none, as of sharded weights
+        if work is not None and work.layout is self._selection.layout:  # both None for sharded weights
             return work
         penalty = self._PENALTY([*map(self._strength, range(len(self._strengths)))])
         work = self._selection.work(tensors, penalty, self._impl, is_traced=is_traced)
@@ -188,9 +198,9 @@ class Regularizer(Generic[R]):
         self._store_for_compilers()
 
     def _store_for_compilers(self) -> None:
-        """Keep the strengths as tensors for compiled code: floats in buffers that are written in place."""
+        """Store the strengths as tensors for compiled code. Floats are written to buffers in place."""
         if torch.compiler.is_compiling():
-            self._for_compilers = None  # assigned by the very code that is compiled, which knows the value
+            self._for_compilers = None  # assigned inside the compiled code, which knows the value
             return
         if not self._buffers:
             device = self._selection.weights[0].device
@@ -201,7 +211,7 @@ class Regularizer(Generic[R]):
         self._for_compilers = [s if isinstance(s, Tensor) else buffer.fill_(s) for s, buffer in pairs]
 
     def _strength(self, which: int) -> Strength:
-        """A strength by its place. A compiler gets a tensor in place of a float, which it would take for a constant."""
+        """Return a strength by index. torch.compile gets a tensor, because it would take a float for a constant."""
         if self._for_compilers is None or not torch.compiler.is_compiling():
             return self._strengths[which]
         return self._for_compilers[which].to(self._selection.weights[0].device)

@@ -1,4 +1,4 @@
-"""The share of weights that are exactly zero, and the table of what an ElasticNet penalises."""
+"""The fraction of weights that are exactly zero, and the table that `ElasticNet.summary` returns."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,9 +17,17 @@ from fastreg.sweep.sharded import Ownership
 
 
 def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) -> Tensor:
-    """The fraction of weights that are exactly zero: a 0-dim float32 tensor on the first weight's device.
+    """Return the fraction of weights that are exactly zero.
 
-    Args and errors: as `elastic_penalty`; ValueError too where the selected weights have no elements.
+    Args:
+        params, include, exclude: As in `elastic_penalty`.
+
+    Returns:
+        A 0-dim float32 tensor on the first weight's device.
+
+    Raises:
+        ValueError: As in `elastic_penalty`, or the selected weights have no elements.
+        TypeError: As in `elastic_penalty`.
     """
     weights = select(params, ElasticNetPenalty((0.0, 0.0)), include, exclude, None).weights
     total = sum(w.numel() for w in weights)
@@ -33,15 +41,15 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
 
 
 def summary_of(work: Work, params: Any, exclude: Filter) -> str:
-    """A row for each weight that counts, a line of totals, and the tensors in `params` that do not count, with why.
+    """Return a table: a row for each weight that counts, the totals, and the tensors left out, each with the reason.
 
-    Waits for the device. Of sharded weights it is a collective call.
+    The call waits for the device. For sharded weights, all ranks must call it.
     """
     zeros = _zeros(work)
     names = work.penalty.NAMES
     rows = [("name", "shape", "dtype", *names, "exact zeros")]
     for name, w, group, n_zeros in zip(work.names, work.weights, work.groups, zeros, strict=True):
-        first = group if isinstance(group, int) else group[0]  # segments of a weight have one strength
+        first = group if isinstance(group, int) else group[0]  # all segments of a weight have the same strengths
         strengths = [f"{float(strength):g}" for strength in work.penalty.of_group(first).strengths]
         rows.append((name, _shape(w), str(w.dtype).removeprefix("torch."), *strengths, _share(n_zeros, w.numel())))
     n = sum(w.numel() for w in work.weights)
@@ -55,25 +63,25 @@ def summary_of(work: Work, params: Any, exclude: Filter) -> str:
 
 
 def _zeros(work: Work) -> list[int]:
-    """How many elements of each weight are exactly zero, over all ranks."""
+    """Return the number of elements of each weight that are exactly zero, over all ranks."""
     with torch.no_grad(), no_subclass():
         parts = local_shards(work.weights)
         first = parts[0].device
         counts = torch.stack([torch.count_nonzero(part).to(first) for part in parts])
         ownership = Ownership(work.weights, all_reduce=True)
-        # A row for each weight, with its count in its place: one sum over ranks serves all.
+        # The counts on a diagonal: one sum over ranks then gives the sum of each weight.
         totals = ownership.total(list(torch.diag(counts)), ownership.mesh_index).tolist()
     return [w.numel() - n for w, n in zip(work.weights, totals, strict=True)]
 
 
 def _left_out(work: Work, params: Any, exclude: Filter) -> Iterator[tuple[Candidate, str]]:
     candidates, _, modules = collect(params, work.penalty.NAMES)
-    chosen = set(work.weights)  # by identity, as tensors are hashed
+    chosen = set(work.weights)  # tensors hash by identity
     name_of = {id(w): name for name, w in zip(work.names, work.weights, strict=True)}
     is_excluded = matches(exclude, False, candidates, modules)
     for candidate, excluded in zip(candidates, is_excluded, strict=True):
         if candidate.tensor not in chosen:
-            # What is neither frozen nor excluded is not in `include`.
+            # A tensor that is neither frozen nor excluded does not match `include`.
             frozen = not candidate.tensor.requires_grad
             yield candidate, "frozen: requires_grad=False" if frozen else "excluded" if excluded else "not included"
     for module in modules[:1]:
@@ -93,7 +101,7 @@ def _share(n_zeros: int, n: int) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], n_left: int) -> list[str]:
-    """The first `n_left` columns flush left, the others flush right."""
+    """Return aligned lines: the first `n_left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

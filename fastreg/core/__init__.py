@@ -1,1 +1,1 @@
-"""What all rooms use: types, dtypes, strengths, layouts and checks. It imports from no other room."""
+"""Types, dtypes, strengths, layouts and checks that all folders use. This folder imports from no other folder."""

@@ -12,16 +12,15 @@ from fastreg.core.dtensor import dtensor_problem, is_dtensor, local_shard
 
 Impl: TypeAlias = Literal["triton", "torch"] | None
 
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_kinds(names: Sequence[str], weights: Sequence[Tensor]) -> None:
-    """Raises TypeError for the first weight of a kind that has no penalty here, with its name and a way out."""
+def check_tensors(names: Sequence[str], weights: Sequence[Tensor]) -> None:
+    """Raise TypeError for the first weight that cannot be penalized, with its name and a way out."""
     for name, weight in zip(names, weights, strict=True):
         problem = _problem(weight)
         if problem is None and is_dtensor(weight):
-            # What the ranks agree on: they all raise, or none does.
+            # Ranks agree on placements and dtypes, so all of them raise or none does.
             problem = dtensor_problem(weight) or _problem(local_shard(weight))
         if problem is not None:
             raise TypeError(f"parameter {name!r} {problem}")
@@ -29,7 +28,7 @@ def check_kinds(names: Sequence[str], weights: Sequence[Tensor]) -> None:
 
 def _problem(tensor: Tensor) -> str | None:
     if isinstance(tensor, nn.UninitializedParameter):
-        return "is not initialised yet; run a batch through its lazy module first"
+        return "is not initialized yet; run a batch through its lazy module first"
     if tensor.is_quantized:
         return "is quantized; exclude it, or dequantize() it"
     if tensor.layout != torch.strided:
@@ -37,7 +36,7 @@ def _problem(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"has dtype {tensor.dtype}; supported are float64, float32, bfloat16 and float16, so exclude it"
     if tensor.device.type == "meta":
-        return "is on the meta device and has no values; materialise it with to_empty() and initialise it"
+        return "is on the meta device and has no values; materialize it with to_empty() and initialize it"
     wraps_others = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if wraps_others and not is_dtensor(tensor) and not torch.compiler.is_compiling():
         return f"is a {type(tensor).__name__}, a tensor subclass whose memory cannot be read; exclude it"
@@ -45,7 +44,7 @@ def _problem(tensor: Tensor) -> str | None:
 
 
 def warn_user(message: str) -> None:
-    """A UserWarning of the line outside of fastreg that led here."""
+    """Issue a UserWarning that points to the first caller outside fastreg."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_back.f_globals.get("__name__", "").startswith("fastreg."):
         frame, level = frame.f_back, level + 1
@@ -53,12 +52,12 @@ def warn_user(message: str) -> None:
 
 
 def check_impl(impl: object) -> None:
-    """Raises ValueError where `impl` names no implementation."""
+    """Raise ValueError unless `impl` is "triton", "torch" or None."""
     if impl not in (None, "triton", "torch"):
         raise ValueError(f'impl must be "triton", "torch" or None, got {impl!r}')
 
 
 def check_reduce(reduce: object) -> None:
-    """Raises TypeError where `reduce` is not a bool: it does not name a reduction, as in a loss of torch.nn."""
+    """Raise TypeError unless `reduce` is a bool. It is not the name of a reduction, as in torch.nn's losses."""
     if not isinstance(reduce, bool):
         raise TypeError(f"reduce must be True (sum over ranks) or False, got {reduce!r}")

@@ -1,4 +1,4 @@
-"""Small tables that kernels read: copied to a device once, and kept for the next call and for CUDA graphs."""
+"""Cache of small tables that kernels read, copied to a device once and kept for later calls and CUDA graphs."""
 
 import threading
 from collections.abc import Callable, Hashable
@@ -11,17 +11,18 @@ from fastreg.core.torch_private import foreach_add_
 
 T = TypeVar("T")
 
-# What captured graphs read at every replay. It only grows, by some kilobytes a model: nothing tells when they are gone.
+# Tables that captured graphs read at every replay, some kilobytes per model. They are never freed, because PyTorch does
+# not tell when a graph is gone.
 _CAPTURED: dict[int, object] = {}
 
 
 class _Entry(NamedTuple):
-    table: Any  # a tensor, or a tuple with tensors in it
-    filled: Any  # the event recorded when it was filled, and its stream; None where there are no streams
+    table: Any  # a tensor, or a tuple that contains tensors
+    filled: Any  # the event and the stream of the copy; None on devices without streams
 
 
 class DeviceCache:
-    """The tables of one device, by a key; the oldest makes room for the one after `size`."""
+    """Cache of the tables of one device, by key. It holds `size` tables and evicts the oldest first."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device = device
@@ -30,7 +31,7 @@ class DeviceCache:
         self._storing = threading.Lock()
 
     def get(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` made for `key`, now or earlier."""
+        """Return the table of `key`. Call `build` if it is not cached."""
         entry = self._entries.get(key)
         if entry is not None:
             if is_capturing(self.device):
@@ -38,10 +39,10 @@ class DeviceCache:
             elif entry.filled is not None:
                 _follow(entry)
             return entry.table  # type: ignore[no-any-return]
-        # In inference mode too, tables are for every later call.
+        # A table built in inference mode must serve calls outside of it, too.
         with torch.inference_mode(False):
             built = build()
-        # A table built during capture is in the graph's own memory, and filled by its replays only.
+        # Not during capture: the table then lies in the graph's memory, and only its replays fill it.
         if not is_capturing(self.device):
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             entry = _Entry(built, stream and (stream.record_event(), stream))
@@ -53,7 +54,7 @@ class DeviceCache:
 
 
 def _follow(entry: _Entry) -> None:
-    """Makes the current stream wait for a table that another one has filled, and the allocator for the current one."""
+    """Make the current stream wait for the stream that filled a table, and the allocator for the current stream."""
     filled, producer = entry.filled
     stream = torch.cuda.current_stream(producer.device)
     if stream != producer:
@@ -64,17 +65,17 @@ def _follow(entry: _Entry) -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host tensor on `device`, without waiting for it."""
+    """Copy a host tensor to `device` without waiting for the copy."""
     if device.type != "cuda":
         return tensor.to(device, copy=True)
     if is_capturing(device):
         return written_by_kernels(tensor, device)
-    # PyTorch keeps pinned memory until the copy is done.
+    # PyTorch's allocator keeps the pinned memory until the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def written_by_kernels(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same without a copy: the numbers travel as arguments of kernels, which a graph keeps with them."""
+    """Create the tensor on `device` from kernel arguments, which a CUDA graph stores."""
     flat = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=device)
     if tensor.numel():
         foreach_add_(flat.unbind(), tensor.flatten().tolist())
@@ -82,8 +83,8 @@ def written_by_kernels(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on `device` now goes into a CUDA graph."""
+    """Return whether a CUDA graph captures the current stream of `device`."""
     if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):  # PyTorch asks the current device's stream
+        with torch.cuda.device(device):  # the query is for the current device
             return torch.cuda.is_current_stream_capturing()
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

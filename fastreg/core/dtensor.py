@@ -1,4 +1,4 @@
-"""DTensors as a sweep sees them: the shard of a weight that is in this rank's memory."""
+"""Helpers for DTensors. A sweep reads only the shard of a weight that is in this rank's memory."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,18 +16,18 @@ def is_dtensor(tensor: Tensor | None) -> bool:
 
 
 def any_dtensor(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether any of them is a DTensor. Where the class was not imported, there is none."""
+    """Return whether any of `tensors` is a DTensor. If the class was never imported, none is."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any([issubclass(kind, module.DTensor) for kind in set(map(type, tensors))])
 
 
 def hides_dtensor(tensor: Tensor) -> bool:
-    """Return whether a torch.func transform has wrapped a DTensor, so that its class no longer shows."""
+    """Return whether a torch.func transform wraps a DTensor, which hides the class."""
     return is_dtensor(torch.func.debug_unwrap(tensor))
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, in its own memory; a plain tensor itself."""
+    """Return this rank's shard of a DTensor, without a copy, or a plain tensor unchanged."""
     if not is_dtensor(tensor):
         return tensor
     try:
@@ -40,12 +40,15 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def local_shards(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return `local_shard` of each."""
+    """Return `local_shard` of each tensor."""
     return [local_shard(t) for t in tensors] if any_dtensor(tensors) else tensors
 
 
 def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]:
-    """Return each part as a DTensor placed as its weight, or as it is for a plain weight. Nothing is communicated."""
+    """Return each part as a DTensor with its weight's placements, or unchanged if the weight is plain.
+
+    Nothing is communicated.
+    """
     if not any_dtensor(weights):
         return list(parts)
     return [
@@ -57,7 +60,7 @@ def as_dtensors(parts: Sequence[Tensor], weights: Sequence[Any]) -> list[Tensor]
 
 
 def as_placed(tensor: Any, weight: Any) -> Any:
-    """Return `tensor` with the placements of the DTensor `weight`: itself if it has them, as most gradients do."""
+    """Return `tensor` with the placements of the DTensor `weight`. Most gradients have them already."""
     if not is_dtensor(tensor) or tensor.device_mesh != weight.device_mesh:
         raise TypeError(
             f"a .grad of shape {tuple(tensor.shape)} is not a DTensor on the mesh of its weight; "
@@ -68,12 +71,12 @@ def as_placed(tensor: Any, weight: Any) -> Any:
 
 
 def dtensor_problem(tensor: Tensor) -> str | None:
-    """Return why a DTensor can have no penalty as it is, as the end of a sentence, or None."""
+    """Return why a DTensor cannot be penalized, as the end of a sentence, or None."""
     weight: Any = tensor
     if any(placement.is_partial() for placement in weight.placements):
         return (
-            "is a DTensor with a Partial placement, a sum not formed yet; redistribute() it to Shard or Replicate first"
+            "is a DTensor with a Partial placement, whose sum is pending; redistribute() it to Shard or Replicate first"
         )
     if weight.device_mesh.get_coordinate() is None:
-        return "is on a mesh that this rank is not part of; leave it out here"
+        return "is on a mesh that this rank is not part of; exclude it on this rank"
     return None

@@ -17,21 +17,21 @@ from fastreg.core.torch_private import snapshot
 T = TypeVar("T")
 
 MOST_KEYS = 64
-# For each key: guards differ under autocast and in inference mode, and one list of weights may be grouped in two ways.
+# Per key: guards differ under autocast and in inference mode, and one list of weights may be grouped in two ways.
 MOST_PER_KEY = 4
 
 
 class Segments(NamedTuple):
-    """A whole weight or a part of it, one entry each per segment, in the order of weights and of their elements."""
+    """Segments: whole weights, or parts such as rows. One entry per segment, in the order of weights and elements."""
 
-    weights: list[int]  # the place of the segment's weight among those of the part
-    starts: list[int]  # its first element
+    weights: list[int]  # index of the segment's weight in the part
+    starts: list[int]  # index of its first element in the weight
     numels: list[int]
-    groups: list[int]  # its strength group, whose strengths it takes and to whose sums it adds
+    groups: list[int]  # its strength group, whose strengths it uses and to whose sums it adds
 
 
 class Part:
-    """The weights of one dtype on one device; `positions` are their places in the caller's list."""
+    """The weights of one dtype on one device; `positions` are their indices in the caller's list."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -43,53 +43,53 @@ class Part:
         self._prepared: dict[Hashable, Any] = {}
 
     def add(self, position: int, address: int, numel: int, group: int | range) -> None:
-        """Add a weight; a range of groups cuts it into as many segments of equal size."""
+        """Add a weight. A range of groups cuts it into that many segments of equal size."""
         groups = [group] if isinstance(group, int) else list(group)
         size = numel // max(len(groups), 1)
         if size * len(groups) != numel:
             raise ValueError(f"{numel} elements cannot be cut into {len(groups)} segments of equal size")
-        weights, starts, numels, of_segments = self.segments
+        weights, starts, numels, segment_groups = self.segments
         weights += [len(self.positions)] * len(groups)
         starts += [i * size for i in range(len(groups))]
         numels += [size] * len(groups)
-        of_segments += groups
+        segment_groups += groups
         self.positions.append(position)
         self.addresses.append(address)
         self.numels.append(numel)
 
     def prepared(self, make: Callable[["Part"], T]) -> T:
-        """Return `make(self)`, made once: what a backend needs beyond the layout, and keeps with it."""
+        """Return `make(self)`, computed once. A backend stores its own data for this part here."""
         kept = self._prepared.get(make)
         if kept is None:
-            kept = self._prepared.setdefault(make, make(self))  # of two threads, both take the first
+            kept = self._prepared.setdefault(make, make(self))  # if two threads compute it, both use the first result
         return kept  # type: ignore[no-any-return]
 
 
 class Notes:
-    """Results of earlier calls on the weights of a layout, valid while its guards match."""
+    """Results of earlier calls on the weights of a layout. They are valid while the guards of the layout match."""
 
     def __init__(self) -> None:
-        # Whether hooks had to see the last gradient of these weights; None before the first one.
+        # Whether hooks had to see the last gradient of these weights; None before the first gradient.
         self.were_hooked: bool | None = None
         # Whether the weights can be changed in place.
         self.are_writable = False
         self._guards: dict[int, Callable[..., bool]] = {}
 
     def grads_match(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether gradients, then states of an optimizer, are like as many that were stored last.
+        """Return whether gradients, followed by states of an optimizer, match the guards stored for as many tensors.
 
-        They are then all present, in the weights' memory order, and free to be changed.
+        If so, all are present, in the weights' memory order, and can be changed in place.
         """
         guards = self._guards.get(len(tensors))
         return guards is not None and guards(*tensors)
 
     def store_grads(self, tensors: Sequence[Tensor]) -> None:
-        """Accept such gradients and states at the next call: they can be written to as they are."""
+        """Store guards for gradients and states that can be changed in place."""
         self._guards[len(tensors)] = snapshot(tensors)
 
 
 class Layout:
-    """Where the elements of dense weights lie: parts by device, in the order of the devices' first weights."""
+    """Memory layout of dense weights: parts by device, in the order of the devices' first weights."""
 
     def __init__(self, weights: Sequence[Tensor], groups: Sequence[int | range]) -> None:
         self.addresses = list(map(Tensor.data_ptr, weights))
@@ -106,11 +106,11 @@ class Layout:
         self.parts = {device: list(parts.values()) for device, parts in by_device.items()}
 
     def guards_match(self, weights: Sequence[Tensor]) -> bool:
-        """Whether address, shape, strides, dtype, device, kind and requires_grad are still the same."""
+        """Return whether address, shape, strides, dtype, device, class and requires_grad are unchanged."""
         return self._guards(*weights) and list(map(Tensor.data_ptr, weights)) == self.addresses
 
     def same_memory(self, weights: Sequence[Tensor]) -> bool:
-        """Whether address, dtype, device and shape are still the same, whatever else has changed."""
+        """Return whether address, dtype, device and shape are unchanged. Other metadata may differ."""
         return self.identity == _identity(weights, list(map(Tensor.data_ptr, weights)))
 
 
@@ -123,7 +123,7 @@ _STORING = threading.Lock()
 
 
 def find_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout | None:
-    """The cached layout, or None if an address, shape, stride, dtype, device, kind or group changed."""
+    """Return the cached layout, or None if an address, a group or metadata that the guards compare changed."""
     for layout in _LAYOUTS.get((weights[0].data_ptr(), len(weights)), ()):
         if layout.groups == groups and layout.guards_match(weights):
             return layout
@@ -131,14 +131,14 @@ def find_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout 
 
 
 def store_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout:
-    """The layout of dense `weights`, cached for the next call."""
+    """Create the layout of dense `weights` and cache it."""
     layout = Layout(weights, groups)
     key = layout.addresses[0], len(layout.addresses)
     with _STORING:
         while len(_LAYOUTS) >= MOST_KEYS and key not in _LAYOUTS:
             del _LAYOUTS[next(iter(_LAYOUTS))]
         others = _LAYOUTS.get(key, ())
-        for other in others:  # of the same memory, as under autocast: what was prepared for it serves here
+        for other in others:  # layouts of the same memory, as under autocast, share the backends' data
             if other.identity == layout.identity and other.groups == layout.groups:
                 layout.parts = other.parts
         _LAYOUTS[key] = (layout, *others)[:MOST_PER_KEY]
@@ -146,13 +146,13 @@ def store_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout
 
 
 def forget_layouts() -> None:
-    """Empties the cache."""
+    """Clear the cache."""
     with _STORING:
         _LAYOUTS.clear()
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without gaps or overlaps, in any order of dimensions."""
+    """Return whether the elements fill one block of memory without gaps or overlaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1

@@ -1,4 +1,4 @@
-"""Strengths on their way to a sweep: checked, one per group, and constant on a device."""
+"""Checks of strengths, strengths per group, and constants on a device."""
 
 import math
 import numbers
@@ -17,12 +17,13 @@ P = TypeVar("P", bound=BasePenalty)
 
 
 def check_strength(value: object, name: str) -> Strength:
-    """`value` as a float or 0-dim tensor.
+    """Return `value` as a float or a 0-dim tensor.
 
-    ValueError: negative, NaN, infinite, not 0-dim. TypeError: not a real number, not a floating-point tensor.
+    Raise ValueError if it is negative, NaN, infinite or not 0-dim, and TypeError if it is neither a real number nor a
+    floating-point tensor. The value of a tensor is not read.
     """
     if type(value) is float and 0 <= value < math.inf:
-        return value  # as nearly always; to ask for a numbers.Real takes ten times as long
+        return value  # the usual case; a check for numbers.Real takes ten times as long
     if isinstance(value, Tensor):
         if is_dtensor(value):
             raise TypeError(f"{name} must be a float or a plain tensor, got a DTensor; pass its full_tensor()")
@@ -38,20 +39,20 @@ def check_strength(value: object, name: str) -> Strength:
         raise TypeError(f"{name} must be a float or a 0-dim tensor, got {type(value).__name__} {value!r:.40}")
     try:
         number = float(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int that is too large for a float
         number = math.inf
-    if not 0 <= number < math.inf:  # a compiler can follow this, unlike math.isfinite
+    if not 0 <= number < math.inf:  # torch.compile can trace this, unlike math.isfinite
         raise ValueError(f"{name} must be finite and at least 0, got {number}")
     return number
 
 
 def checked(penalty: type[P], *strengths: object) -> P:
-    """The penalty with these strengths; see `check_strength` for the errors."""
+    """Return a penalty with these strengths, each checked by `check_strength`."""
     return penalty(tuple(map(check_strength, strengths, penalty.NAMES)))
 
 
 def penalty_of_groups(penalty: type[P], rows: Sequence[Sequence[Strength]], device: torch.device) -> P:
-    """The penalty with one row of strengths per group; ValueError for a tensor that is not on `device`."""
+    """Return a penalty with one row of strengths per group. Raise ValueError for a tensor that is not on `device`."""
     columns = zip(*rows, strict=True)
     named = zip(penalty.NAMES, columns, strict=True)
     return penalty([per_group(column, device, name) for name, column in named])
@@ -67,9 +68,10 @@ def check_device(penalty: BasePenalty, device: torch.device) -> None:
 
 
 def per_group(values: Sequence[Strength], device: torch.device, name: str) -> Strength:
-    """One strength of all groups in the form that a penalty holds; ValueError for a tensor that is not on `device`.
+    """Return one strength of all groups in the form that a penalty stores.
 
-    The form depends on the number of groups only, never on the values: another form would compile kernels again.
+    The form depends only on the number of groups, never on the values, because a new form recompiles kernels. Raise
+    ValueError for a tensor that is not on `device`.
     """
     for value in values:
         if isinstance(value, Tensor) and value.device != device:
@@ -89,9 +91,9 @@ _CONSTANTS: dict[torch.device, DeviceCache] = {}
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """`values` as a tensor on `device`, copied there once for each set of values."""
+    """Return `values` as a tensor on `device`, copied there once for each set of values."""
     if torch.compiler.is_compiling():
-        # A compiler records how a constant is made, and cannot look into caches.
+        # torch.compile cannot trace the cache, so it records how the tensor is made.
         return torch.stack([torch.full((), v, dtype=accumulate_dtype(device), device=device) for v in values])
     cache = _CONSTANTS.get(device) or _CONSTANTS.setdefault(device, DeviceCache(device, size=64))
     dtype = accumulate_dtype(device)

@@ -1,9 +1,9 @@
 """PyTorch's private names, except those of the autograd engine, which are in autograd/engine.py.
 
-Each name is looked up and tried once, at import, so that a call through it costs no more than the name itself: a
-function with the decorator `bound` stands for the object that it returns. Its docstring says what the name promises,
-and what replaces it where it is missing or does something else. Replacements are slower or more cautious, with the
-same results.
+Each name is looked up and tried once, at import, so a call through it costs no more than the name itself. The decorator
+`bound` replaces a function by the object that it returns. The function's docstring says what the private name promises,
+and what replaces it if it is missing or does something else. Replacements give the same results, but are slower or more
+cautious.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ T = TypeVar("T")
 def bound(instead: Any) -> Callable[[Callable[[], Any]], Any]:
     """Replace the decorated function by the object that it returns, or by `instead` if it raises.
 
-    It may also raise if the library is first imported inside a torch.func transform or under a TorchDispatchMode.
+    It may also raise if fastreg is first imported inside a torch.func transform or under a TorchDispatchMode.
     """
 
     def bind(look_up: Callable[[], Any]) -> Any:
@@ -47,14 +47,14 @@ def example(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-# What tensors and modules are asked for.
+# Tensors and modules.
 
 
 @bound(None)
 def _TensorGuards() -> Any:  # noqa: N802
     """`TensorGuards(*tensors, ...).check(*others)` compares metadata in C++; torch.compile relies on it.
 
-    It keeps no tensor alive. Missing: no layout is found again, and every call makes a new one.
+    It keeps no tensor alive. Missing: no cached layout matches, and every call creates a new one.
     """
     guards: Any = torch._C._dynamo.guards.TensorGuards
     a, b = example(1, 2, 3, 4), example(5, 6)
@@ -66,9 +66,9 @@ def _TensorGuards() -> Any:  # noqa: N802
 
 
 def snapshot(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Return a function that tells whether as many tensors have the metadata that these have now.
+    """Return a function that tells whether other tensors have the metadata that `tensors` have now.
 
-    Compared are class, dtype, device, shape, strides and requires_grad. No tensor is kept alive.
+    It compares class, dtype, device, shape, strides and requires_grad, and keeps no tensor alive.
     """
     if _TensorGuards is None:
         return lambda *others: False
@@ -77,10 +77,10 @@ def snapshot(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 @bound(lambda tensor: 0)
 def version() -> Any:
-    """`tensor._version` counts the in-place changes of a tensor's memory; autograd checks saved tensors by it.
+    """`tensor._version` counts the in-place changes of a tensor's memory; autograd uses it to check saved tensors.
 
     It raises RuntimeError for inference tensors. Missing: 0, and `HAS_VERSIONS` is False. Weights then go through
-    save_for_backward, which raises where one was changed, and kernels read the optimizer's counters at every step.
+    save_for_backward, which raises if one was changed, and kernels read the optimizer's counters at every step.
     """
     get = operator.attrgetter("_version")
     a = example(1)
@@ -97,9 +97,9 @@ HAS_VERSIONS = isinstance(version, operator.attrgetter)
 
 @bound(lambda tensor: tensor.numel() > 0 and tensor.data_ptr() == 0)
 def is_zerotensor() -> Any:
-    """`tensor._is_zerotensor()` tells zeros without memory, which forward-mode differentiation makes.
+    """`tensor._is_zerotensor()` detects zeros without memory, which forward-mode differentiation creates.
 
-    Missing: the address 0 tells them.
+    Missing: the address 0 detects them.
     """
     is_zerotensor: Any = Tensor._is_zerotensor  # type: ignore[attr-defined]
     expect(is_zerotensor(example(0)) is False)
@@ -110,20 +110,20 @@ def is_zerotensor() -> Any:
 def dispatch_keys() -> Any:
     """`torch._C._dispatch_keys(tensor)` lists "Batched..." under torch.autograd.grad(is_grads_batched=True).
 
-    Missing: every upstream gradient counts as batched, and the gradient is computed by expressions.
+    Missing: every upstream gradient is treated as batched, and the gradient is computed by expressions.
     """
     keys = str(torch._C._dispatch_keys(example(0)))
     expect("CPU" in keys and "Batched" not in keys)
     return torch._C._dispatch_keys
 
 
-# The shard of a DTensor, as FSDP2 reads it. It is not tried here: that would import DTensor, which takes a second.
-# Missing (AttributeError): DTensor.to_local(), which in some versions makes a new tensor of the same memory.
+# The shard of a DTensor, as FSDP2 reads it. It is not tried here, because importing DTensor takes a second. Missing
+# (AttributeError): DTensor.to_local(), which in some versions makes a new tensor that shares the memory.
 local_tensor = operator.attrgetter("_local_tensor")
 
 
 class _Contents:
-    """The parameters or the submodules of a module as they are now, by public methods."""
+    """The current parameters or submodules of a module, read by public methods."""
 
     def __init__(self, module: nn.Module, named: Callable[[nn.Module], Iterable[tuple[str, Any]]]) -> None:
         self._module, self._named = module, named
@@ -145,9 +145,9 @@ def _contents_by_public_methods(modules: Sequence[nn.Module]) -> list[Any]:
 
 @bound(_contents_by_public_methods)
 def module_contents() -> Any:
-    """`module._parameters` and `module._modules`, of a list of modules, are dicts of what each module has now.
+    """`module._parameters` and `module._modules` are dicts of the current contents of each module in a list.
 
-    Most libraries that replace parameters rely on it. Missing: public methods are called for each module.
+    Most libraries that replace parameters rely on them. Missing: public methods are called for each module.
     """
 
     # Not an attrgetter, which torch.compile cannot trace.
@@ -165,23 +165,23 @@ def module_contents() -> Any:
 
 
 def shown_by_fsdp(module: nn.Module) -> list[Tensor] | None:
-    """Return the parameters that FSDP2 shows in place of the sharded ones of a `FSDPModule`; None if that is unknown.
+    """Return the parameters that FSDP2 shows in place of the sharded ones of an `FSDPModule`; None if unknown.
 
-    FSDP2 shows them between forward and backward, and has no public way of asking for them. Its own state dicts rely
-    on these names. Missing: None; every parameter that is not a DTensor then counts as one of them.
+    FSDP2 shows them between forward and backward, and has no public way to list them. Its own state dicts rely on the
+    private names. Missing: None; every parameter that is not a DTensor is then treated as one of them.
     """
     owner: Any = module
     shown: list[Tensor] = []
     try:
         state = owner._get_fsdp_state()
-        # Older versions have one group at most.
+        # Older versions have at most one group.
         groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
         for group in groups:
             if group is None or group.is_sharded:
                 continue
             for param in group.fsdp_params:
                 shown.append(param._unsharded_param)
-                # There from the first forward pass with reshard_after_forward=<int> on.
+                # Exists after the first forward pass with reshard_after_forward=<int>.
                 resharded = getattr(param, "_sharded_post_forward_param", None)
                 if resharded is not None:
                     shown.append(resharded)
@@ -195,9 +195,9 @@ def shown_by_fsdp(module: nn.Module) -> list[Tensor] | None:
 
 @bound(contextlib.nullcontext)
 def no_subclass() -> Any:
-    """`torch._C.DisableTorchFunctionSubclass()` turns `__torch_function__` of tensor subclasses off.
+    """`torch._C.DisableTorchFunctionSubclass()` turns off `__torch_function__` of tensor subclasses.
 
-    PyTorch's notes on extending it show it. Missing: subclasses that merely mark their tensors mark the penalty, too.
+    PyTorch's notes on extending it show it. Missing: a subclass that marks its tensors marks the penalty, too.
     """
     with torch._C.DisableTorchFunctionSubclass():
         pass
@@ -217,7 +217,7 @@ def _transform() -> Any:
     """`torch._C._functorch.peek_interpreter_stack()` is None unless a torch.func transform is active.
 
     PyTorch's autograd Functions and custom operators rely on it. Missing: `requires_grad_` is called, which raises
-    inside of every transform.
+    inside every transform.
     """
     peek = torch._C._functorch.peek_interpreter_stack
     expect(peek() is None)
@@ -236,7 +236,7 @@ def _try_make_dual(module: Any) -> int:
 def _dual_level() -> Any:
     """`torch.autograd.forward_ad._current_level` is negative unless forward-mode differentiation is active.
 
-    Missing: `make_dual` is called, which raises outside of it.
+    Missing: `make_dual` is called, which raises outside forward mode.
     """
     level = operator.attrgetter("_current_level")
     expect(type(level(forward_ad)) is int and level(forward_ad) < 0)
@@ -252,7 +252,7 @@ def _get_proxy_mode(key: Any) -> Any:
 def _dispatch_mode() -> Any:
     """`torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)` is None unless make_fx traces.
 
-    PyTorch's higher-order operators rely on it. Missing: `get_proxy_mode()`, where its module was imported.
+    PyTorch's higher-order operators rely on it. Missing: `get_proxy_mode()`, if its module was imported.
     """
     get, proxy = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
     expect(get(proxy) is None)
@@ -266,7 +266,7 @@ _get_dispatch_mode, _PROXY = _dispatch_mode
 def _n_dispatch_modes() -> Any:
     """`torch._C._len_torch_dispatch_stack()` is the number of active TorchDispatchModes.
 
-    Missing: one is always assumed, so that no memory is kept between calls.
+    Missing: one mode is always assumed, so no memory is kept between calls.
     """
     expect(type(torch._C._len_torch_dispatch_stack()) is int)
     return torch._C._len_torch_dispatch_stack
@@ -279,13 +279,13 @@ def is_transformed() -> bool:
     return _get_dispatch_mode(_PROXY) is not None and not torch.compiler.is_compiling()
 
 
-# torch.compile evaluates it once, while it traces. torch.compiler.assume_constant_result would do the same, but imports
-# the compiler. Missing: torch.compile traces the function, and breaks the graph at the C functions in it.
+# torch.compile evaluates the function once, during tracing. torch.compiler.assume_constant_result does the same, but
+# imports the compiler. Missing: torch.compile traces the function, and breaks the graph at the C functions in it.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_under_a_mode() -> bool:
-    """Return whether a TorchDispatchMode or a torch.func transform is active, which must not meet kept tensors."""
+    """Return whether a TorchDispatchMode or a torch.func transform is active. Neither may see cached tensors."""
     return _n_dispatch_modes() > 0 or _transform() is not None
 
 
@@ -300,9 +300,9 @@ def _add_each(targets: Sequence[Tensor], others: Any) -> None:
 
 @bound(_add_each)
 def foreach_add_() -> Any:
-    """`torch._foreach_add_(tensors, other)` adds one number, or a number or a tensor for each, in one operator call.
+    """`torch._foreach_add_(tensors, other)` adds one number to all, or a number or a tensor to each, in one call.
 
-    torch.optim relies on it. Missing: one call for each tensor.
+    torch.optim relies on it. Missing: one call per tensor.
     """
     a, b = example(1), example(2)
     for other in (1, [1.0, 2.0], [example(0.5), example(0.25)]):
@@ -318,9 +318,9 @@ def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 @bound(_copy_each)
 def foreach_copy_() -> Any:
-    """`torch._foreach_copy_(targets, sources)` copies each source to its target, of any dtype, in one operator call.
+    """`torch._foreach_copy_(targets, sources)` copies each source to its target, of any dtype, in one call.
 
-    torch.optim relies on it. Missing: one call for each tensor.
+    torch.optim relies on it. Missing: one call per tensor.
     """
     a, b = example(0), example(0).double()
     torch._foreach_copy_([a, b], [example(1.5).half(), example(2.5)])
@@ -372,10 +372,10 @@ HAS_FUSED_STEPS = None not in (fused_sgd_, fused_adam_, fused_adamw_)
 
 
 def unscales_gradients(optimizer_class: type[T]) -> type[T]:
-    """Decorate an optimizer: tell GradScaler to leave unscaling, and the check for infinities, to its steps.
+    """Decorate an optimizer class: GradScaler leaves unscaling and the check for infinities to its steps.
 
-    `_step_supports_amp_scaling` does, as for torch.optim.Adam(fused=True). Where GradScaler looks for another name, it
-    does both itself, in one more pass over the gradients and with a wait for the device.
+    `_step_supports_amp_scaling` requests this, as in torch.optim.Adam(fused=True). If GradScaler looks for another
+    name, it does both itself, with one more pass over the gradients and a device synchronization.
     """
     optimizer_class._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     return optimizer_class

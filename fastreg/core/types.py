@@ -1,4 +1,4 @@
-"""What each layer hands to the next: `Work`, the weights and their penalty, and `Request`, what to do with them."""
+"""Arguments that each layer passes to the next: `Work`, weights with their penalty, and `Request`, what to do."""
 
 import enum
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -119,7 +119,7 @@ class StepInputs(NamedTuple):
 
 
 class Want(enum.IntEnum):
-    """Which value a sweep is to return; the terms include the total."""
+    """The value that a sweep returns. TERMS include the total."""
 
     NOTHING = 0
     TOTAL = 1
@@ -127,49 +127,49 @@ class Want(enum.IntEnum):
 
 
 # The strength groups of weights. An int is the group of a whole weight. A range cuts a contiguous weight into as many
-# segments of equal size, such as its rows, each with a group of its own.
+# segments of equal size, such as its rows, each with its own group.
 Groups: TypeAlias = list[int | range]
 
 
 class Request(NamedTuple):
-    """What a sweep is to do."""
+    """The task of a sweep."""
 
     mode: Mode
-    want: Want = Want.TERMS  # of the value before anything is changed
+    want: Want = Want.TERMS  # the value before any change
     # Tensors like the weights. GRADIENT writes them, RESCALE corrects them, ACCUMULATE adds to them, steps read them.
     grads: Sequence[Tensor] | None = None
     scale: Scale = None  # factors on the strengths, read on the device
     step: StepInputs | None = None  # of the modes in STATES
-    are_checked: bool = False  # whether the layout has been found to match the gradients and states
+    are_checked: bool = False  # whether the layout's guards match the gradients and states
 
 
 class Work(NamedTuple):
-    """Selected weights with their penalty; `names`, `weights` and `groups` have one entry per weight."""
+    """Selected weights with their penalty. `names`, `weights` and `groups` have one entry per weight."""
 
     names: Sequence[str]
     weights: Sequence[Tensor]
     groups: Groups
     n_groups: int
     penalty: BasePenalty  # with strengths for `n_groups`
-    impl: str | None  # "triton", "torch", or None for the best there is
+    impl: str | None  # "triton", "torch", or None to choose by device
     is_sharded: bool = False  # whether any weight is a DTensor
-    is_traced: bool = False  # whether a compiler or a torch.func transform has to see what is computed
-    all_reduce: bool = True  # whether the value of sharded weights is to be that of all ranks
+    is_traced: bool = False  # whether torch.compile or a torch.func transform has to see the computation
+    all_reduce: bool = True  # whether to sum the value of sharded weights over all ranks
     is_attached: bool = False  # whether an optimizer applies the same penalty at its steps
-    are_leaves: bool | None = None  # whether all weights are leaves of the graph, if that is known
-    layout: Layout | None = None  # of the weights, where this call has found that it still holds
+    are_leaves: bool | None = None  # whether all weights are leaves; None if unknown
+    layout: Layout | None = None  # the layout of the weights, if this call has checked its guards
 
     def subset(self, is_in: Sequence[bool]) -> "Work":
-        """Some of the weights; the strength groups stay the same."""
+        """Return a Work with some of the weights. The strength groups stay the same."""
         if all(is_in):
             return self
         names, weights = list(compress(self.names, is_in)), list(compress(self.weights, is_in))
         return self._replace(names=names, weights=weights, groups=list(compress(self.groups, is_in)), layout=None)
 
     def regrouped(self, keys: Sequence[Hashable]) -> "tuple[Work, list[tuple[int, Any]]]":
-        """The same weights in a strength group for each pair of their own group and a key, and these pairs.
+        """Return the same weights with one strength group per pair of (group, key), and the list of these pairs.
 
-        The penalty stays as it was, for the caller to replace. No layout is known: a layout depends on the groups.
+        The caller must replace the penalty. The layout is dropped, because it depends on the groups.
         """
         pairs: list[tuple[int, Any]] = []
         number_of: dict[Any, int | range] = {}

@@ -1,7 +1,7 @@
 """The elastic net as plain PyTorch expressions: the reference that every other implementation is tested against.
 
-`kernels/penalty.py` and `blocks/penalty.py` state the same formulas. Autograd, compilers and transforms see through the
-expressions here.
+`kernels/penalty.py` and `blocks/penalty.py` state the same formulas. Autograd, torch.compile and
+torch.func trace the expressions here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from fastreg.core.types import Mode
 
 
 class Penalty(NamedTuple):
-    """A penalty and its parts: 0-dim tensors, float32 (float64 if any weight is), on the first weight's device.
+    """A penalty and its weighted terms, as they enter the loss: `l1` and `l2` sum to `total`.
 
-    `l1` and `l2` are the weighted terms, as they enter the loss: they sum to `total`.
+    All are 0-dim tensors, float32 (float64 if any weight is float64), on the first weight's device.
     """
 
     total: Tensor
@@ -27,31 +27,31 @@ class Penalty(NamedTuple):
 
 
 class ElasticNetPenalty(BasePenalty):
-    """l1 * Σ|w| + l2 * Σw²."""
+    """The elastic net, l1 * Σ|w| + l2 * Σw²."""
 
     NAMES = ("l1", "l2")
     RESULT = Penalty
 
     def sums(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ|w| and Σw², both 0-dim, summed in float64."""
-        # Float64 from the start: float32 squares overflow at 2e19, and so does backward through them.
+        """Return Σ|w| and Σw², both 0-dim, summed in float64."""
+        # Convert before squaring: float32 squares overflow at 2e19, and so does backward through them.
         wide = w.to(accumulate_dtype(w.device))
         return wide.abs().sum(), wide.square().sum()
 
     def gradient(self, w: Tensor) -> Tensor:
-        """l1 * sign(w) + 2 * l2 * w, in float32 or better, rounded once to the dtype of `w`."""
+        """Return l1 * sign(w) + 2 * l2 * w, in float32 or float64, rounded once to the dtype of `w`."""
         l1, l2 = self.strengths
         wide = w.to(compute_dtype(w.dtype))
         slope = 2 * l2
         if not isinstance(slope, Tensor):
-            # full() also takes a float that a compiler holds as a symbol.
+            # torch.full also accepts a float that torch.compile holds as a symbol.
             slope = torch.full((), slope, dtype=accumulate_dtype(w.device), device=w.device)
-        # In float32 an l1 beyond its range is infinite, and infinity times sign(0) is NaN. Adding 0 turns -0 into +0.
+        # An l1 beyond the range of float32 is infinite, and inf * sign(0) is NaN. Adding 0 turns -0 into +0.
         signed = torch.where(wide == 0, 0.0, wide.sign() * l1) + 0.0
         return torch.addcmul(signed, wide, slope).to(w.dtype)
 
     def prox(self, w: Tensor) -> Tensor:
-        """sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), rounded likewise, with one division for all elements."""
+        """Return sign(w) * max(|w| - l1, 0) / (1 + 2 * l2), rounded once, with one division for all elements."""
         l1, l2 = self.strengths
         wide = w.to(compute_dtype(w.dtype))
         magnitude = wide.abs()
@@ -59,13 +59,13 @@ class ElasticNetPenalty(BasePenalty):
         return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
 
     def weighted(self, sums: Tensor, dtype: torch.dtype) -> Measure:
-        """The terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
+        """Return the weighted terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
         l1_term, l2_term = [(s * sums[:, i]).sum() for i, s in enumerate(self.strengths)]
         return Measure((l1_term + l2_term).to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), sums)
 
 
 def gradient_derivatives(w: Tensor, l2: Strength, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`upstream` times the derivatives of the gradient in w (like w), in l1 and in l2 (0-dim float64)."""
+    """Return `upstream` times the derivatives of the gradient by w (like w), by l1 and by l2 (0-dim float64)."""
     wide = upstream.double()
     return (upstream * (2 * l2)).to(w.dtype), (wide * w.sign()).sum(), (wide * (2 * w)).sum()
 
@@ -73,7 +73,7 @@ def gradient_derivatives(w: Tensor, l2: Strength, upstream: Tensor) -> tuple[Ten
 def sums_of_groups(
     weights: Sequence[Tensor], groups: Sequence[int | range], n_groups: int, penalty: BasePenalty
 ) -> Tensor:
-    """What the penalty measures of each strength group, float64 [n_groups, n_sums], on the first weight's device."""
+    """Return the sums of each strength group, float64 [n_groups, n_sums], on the first weight's device."""
     device = weights[0].device
     of_groups: list[list[Tensor]] = [[] for _ in range(n_groups)]
     for w, group in zip(weights, groups, strict=True):
@@ -91,7 +91,7 @@ def apply_penalty(
     penalty: BasePenalty,
     scale: Scale,
 ) -> None:
-    """Do to `grads`, or in PROX to `weights`, what `mode` says."""
+    """Write to `grads`, or in PROX to `weights`, as `mode` says."""
     for w, grad, group in zip(weights, grads or weights, groups, strict=True):
         targets = segments_of(w if mode is Mode.PROX else grad, group)
         for (segment, number), (target, _) in zip(segments_of(w, group), targets, strict=True):
@@ -105,13 +105,13 @@ def apply_penalty(
 
 
 def gradient_of_segments(w: Tensor, group: int | range, penalty: BasePenalty, scale: Scale) -> Tensor:
-    """The gradient of one weight, each segment by the strengths of its group."""
+    """Return the gradient of one weight. Each segment uses the strengths of its group."""
     gradients = [penalty.of_group(number, scale).gradient(segment) for segment, number in segments_of(w, group)]
     return gradients[0] if isinstance(group, int) else torch.stack(gradients).view_as(w)
 
 
 def segments_of(tensor: Tensor, group: int | range) -> Iterator[tuple[Tensor, int]]:
-    """The segments of a tensor, which is contiguous if there are several, and the group of each."""
+    """Yield the segments of a tensor with their groups. A tensor with several segments must be contiguous."""
     if isinstance(group, int):
         yield tensor, group
     else:

@@ -1,1 +1,1 @@
-"""Callbacks for training libraries, one module each: neither library is needed by the rest of fastreg."""
+"""Callbacks for training libraries, one module each. The rest of fastreg needs neither library."""

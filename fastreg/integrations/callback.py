@@ -1,4 +1,4 @@
-"""What the callbacks share: a penalty that is attached to the optimizers while a model is trained."""
+"""Base classes of the callbacks: a penalty that is attached to the optimizers during training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -21,7 +21,7 @@ Metric: TypeAlias = Literal["optimizer", "lr"] | None
 class AttachedPenalty:
     """Attach a penalty to the optimizers when training begins, and detach it when it ends.
 
-    A subclass names its regularizer, and has an argument and a property for each strength.
+    A subclass sets `_REGULARIZER`, and has an argument and a property for each strength.
     """
 
     _REGULARIZER: ClassVar[type[Regularizer[Any]]]
@@ -37,7 +37,7 @@ class AttachedPenalty:
         self._metric: Metric = metric
         self._filters: dict[str, Filter] = {"include": include, "exclude": exclude}
         self._model: nn.Module | None = None
-        self._last: Any = None  # at the end of earlier training
+        self._last: Any = None  # of an earlier training run
         self._regs: list[Regularizer[Any]] = []
         self._attachments: list[Attachment] = []
 
@@ -53,8 +53,8 @@ class AttachedPenalty:
         return add_results(results) if results else self._last
 
     def _attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Attaches the penalty; of several optimizers each gets the part that is of its weights."""
-        self.detach()  # from training that was interrupted
+        """Attach the penalty. With several optimizers, each gets the penalty of its own weights."""
+        self.detach()  # an interrupted training run may have left attachments
         self._last = None
         for optimizer, reg in self._parts(model, optimizers):
             self._attachments.append(reg.attach(optimizer, self._mode, metric=self._metric))
@@ -62,7 +62,7 @@ class AttachedPenalty:
         self._model = model
 
     def _parts(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> list[tuple[Optimizer, Regularizer[Any]]]:
-        if len(optimizers) == 1:  # and what is thawed or replaced later will count
+        if len(optimizers) == 1:  # the module itself, so that later changes of its parameters count
             return [(optimizers[0], self._regularizer(model, self._filters))]
         work = self._regularizer(model, self._filters)._current()
         named = list(zip(work.names, work.weights, strict=True))
@@ -78,16 +78,16 @@ class AttachedPenalty:
         return self._REGULARIZER(params, **self._strengths, **filters)  # type: ignore[arg-type, call-arg]
 
     def detach(self) -> None:
-        """Takes the penalty off the optimizers, as at the end of training; further calls do nothing."""
+        """Detach the penalty from the optimizers. Further calls do nothing."""
         self._last = self.last
         for attachment in self._attachments:
             attachment.remove()
         self._model, self._regs, self._attachments = None, [], []
 
     def _metrics(self, number: int) -> dict[str, Tensor]:
-        """What to log, 0-dim tensors: the terms of the last step, and the share of exact zeros now.
+        """Return the metrics to log, 0-dim tensors: the terms of the last step, and the current share of exact zeros.
 
-        `number` is 1, or larger where others log their own.
+        `number` is part of the metrics' names if it is not 1: with several callbacks, it counts them.
         """
         last = self.last
         if last is None or self._model is None:
@@ -97,12 +97,12 @@ class AttachedPenalty:
         return {f"regularization{'' if number == 1 else f'_{number}'}/{name}": value for name, value in values.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizers leave their hooks behind when they are pickled, and so does this.
+        # Pickled optimizers lose their hooks, so a copy is not attached.
         return {**self.__dict__, "_last": self.last, "_model": None, "_regs": [], "_attachments": []}
 
 
 class AttachedElasticNet(AttachedPenalty):
-    """The callbacks' `ElasticNet`."""
+    """Attach an `ElasticNet`."""
 
     _REGULARIZER = ElasticNet
 
@@ -117,13 +117,13 @@ class AttachedElasticNet(AttachedPenalty):
         exclude: Filter = None,
     ) -> None:
         if l1 is None and l2 is None:
-            raise TypeError("ElasticNetCallback needs l1 or l2, which may be 0.0 if they are assigned later")
+            raise TypeError("ElasticNetCallback needs l1 or l2; pass 0.0 to assign them later")
         strengths = {"l1": 0.0 if l1 is None else l1, "l2": 0.0 if l2 is None else l2}
         super().__init__(strengths, mode, metric, include, exclude)
 
     @property
     def l1(self) -> Strength:
-        """Strength of Σ|w|. It can be assigned at any time, as that of an `ElasticNet`."""
+        """Strength of Σ|w|. It can be assigned at any time."""
         return self._strengths["l1"]
 
     @l1.setter
@@ -140,4 +140,4 @@ class AttachedElasticNet(AttachedPenalty):
         self._assign("l2", value)
 
 
-AttachedElasticNet.__init__.__qualname__ = "ElasticNetCallback.__init__"  # which errors about arguments name
+AttachedElasticNet.__init__.__qualname__ = "ElasticNetCallback.__init__"  # for Python's errors about arguments

@@ -19,44 +19,49 @@ except ModuleNotFoundError:
 
 
 class ElasticNetCallback(AttachedElasticNet, Callback):
-    """Applies the penalty at every optimizer step of a Lightning `Trainer`, once whatever the accumulation.
+    """Apply the penalty at every optimizer step of a Lightning `Trainer`, once, after any number of micro-batches.
 
-        >>> trainer = Trainer(callbacks=[ElasticNetCallback(l1=1e-6, exclude=fastreg.bias_and_norm)])
+    Automatic and manual optimization are supported. With several optimizers, each applies the penalty of its own
+    weights. The gradient is added after gradient clipping, which does not see it, and after the unscaling of mixed
+    precision. The logged loss is the data's.
 
-    Works with automatic and manual optimization, and with several optimizers, each of which applies the penalty of its
-    own weights. The gradient is added after clipping, which does not see it, and after the scaling of mixed precision.
-    On steps that Lightning logs, `regularization/l1` and `regularization/l2`, the weighted terms of the last step, and
-    `regularization/sparsity`, the share of exact zeros among the selected weights, are logged; the loss is the data's.
-    Nothing waits for the device in between.
+    On steps that Lightning logs, the callback logs `regularization/l1` and `regularization/l2`, the weighted terms of
+    the last step, and `regularization/sparsity`, the share of exact zeros among the selected weights. On other steps it
+    does not wait for the device.
 
     Args:
-        l1, l2: strengths, as in `fastreg.elastic_penalty`; may be assigned later.
-        mode, metric: as in `fastreg.ElasticNet.attach`.
-        include, exclude: as in `fastreg.elastic_penalty`, by the names of the LightningModule's parameters.
+        l1, l2: Strengths, as in `fastreg.elastic_penalty`. At least one is required. They may be assigned later.
+        mode, metric: As in `fastreg.ElasticNet.attach`.
+        include, exclude: As in `fastreg.elastic_penalty`, for the names of the LightningModule's parameters.
 
-    Raises: when it is created, ValueError and TypeError for its own arguments; when training begins, as
-    `fastreg.ElasticNet.attach`, and ValueError for a selected weight that is in no optimizer.
+    Raises:
+        ValueError: An argument is invalid. When training begins, as in `fastreg.ElasticNet.attach`, or a selected
+            weight is in no optimizer.
+        TypeError: An argument has the wrong type. When training begins, as in `fastreg.ElasticNet.attach`.
+
+    Examples:
+        >>> trainer = Trainer(callbacks=[ElasticNetCallback(l1=1e-6, exclude=fastreg.bias_and_norm)])
     """
 
     _seen: Sequence[Penalty | None] = ()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attaches the penalty to the optimizers, which exist by now."""
+        """Attach the penalty to the optimizers, which exist by now."""
         self._attach(pl_module, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the terms after a step, if Lightning is going to log it."""
+        """Log the terms after a step that Lightning logs."""
         seen, self._seen = self._seen, [reg.last for reg in self._regs]
         stepped = len(seen) != len(self._seen) or not all(map(operator.is_, self._seen, seen))
-        # As Lightning's own callbacks ask; there is no public way.
+        # Lightning's own callbacks use this private name. There is no public one.
         if stepped and trainer._logger_connector.should_update_logs:
             same = [callback for callback in trainer.callbacks if isinstance(callback, ElasticNetCallback)]
             pl_module.log_dict(self._metrics(1 + same.index(self)))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detaches the penalty."""
+        """Detach the penalty."""
         self.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detaches the penalty."""
+        """Detach the penalty."""
         self.detach()

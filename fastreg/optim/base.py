@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastreg.core.checks import Impl, check_impl, check_kinds, warn_user
+from fastreg.core.checks import Impl, check_impl, check_tensors, warn_user
 from fastreg.core.dtensor import any_dtensor
 from fastreg.core.penalty import Strength, add_results
 from fastreg.core.strengths import check_strength, checked, penalty_of_groups
@@ -180,7 +180,7 @@ class Penalized(Optimizer):
             for i, p in enumerate(group["params"])
             if p.grad is not None
         ]
-        check_kinds([name for name, _, _ in stepped], [p for _, p, _ in stepped])
+        check_tensors([name for name, _, _ in stepped], [p for _, p, _ in stepped])
         batches: dict[Mode, StepBatch] = {}
         new_states: list[tuple[Tensor, dict[str, Any]]] = []
         is_sharded = any_dtensor([p for _, p, _ in stepped])

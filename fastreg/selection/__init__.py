@@ -1,4 +1,4 @@
-"""From what a user passes as `params`, with `include` and `exclude`, to the weights that count."""
+"""Selects the weights to penalize from `params`, `include` and `exclude`."""
 
 from fastreg.selection.filters import Filter, bias_and_norm, check_filter
 from fastreg.selection.params import Params

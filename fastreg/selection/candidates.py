@@ -1,4 +1,4 @@
-"""The tensors in `params`, and whether its modules still hold the same ones."""
+"""The tensors in `params`, and a check whether its modules still contain the same tensors."""
 
 import operator
 import weakref
@@ -12,7 +12,7 @@ from fastreg.core.torch_private import module_contents
 
 
 class HeldCandidates:
-    """Keeps tensors, and what is in their modules, alive."""
+    """Strong references to tensors and to the contents of modules."""
 
     def __init__(self, tensors: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
         self.tensors = tensors
@@ -22,7 +22,7 @@ class HeldCandidates:
         self._values = list(_values(self._filled))
 
     def now(self, params: Any) -> Sequence[Tensor] | None:
-        """The same tensors, or None where a module has others or other modules in it; `params` are held, too."""
+        """Return the tensors, or None if the parameters or submodules of a module changed. `params` is not read."""
         same = list(map(len, self._contents)) == self._sizes and all(
             map(operator.is_, _values(self._filled), self._values)
         )
@@ -30,7 +30,7 @@ class HeldCandidates:
 
 
 class RememberedCandidates:
-    """Keeps nothing alive: others may come to have the ids. What else counts of them is compared by `Selection`."""
+    """Weak references and ids only. An id may be reused, so `Selection` compares the rest."""
 
     def __init__(self, modules: Sequence[nn.Module], ids: list[int], places: list[int]) -> None:
         self._modules = list(map(weakref.ref, modules))
@@ -38,9 +38,9 @@ class RememberedCandidates:
         self._places = places
 
     def now(self, params: Any) -> Sequence[Tensor] | None:
-        """The tensors in `params`, a list of them or the same module, or None where modules have changed."""
+        """Return the tensors in `params`, a list of tensors or the same module, or None if a module changed."""
         if not self._modules:
-            return list(params)  # a copy: the list is its owner's to change, also before backward
+            return list(params)  # a copy: the caller may change the list before backward
         modules: list[Any] = [reference() for reference in self._modules]
         if modules[0] is not params or any(map(operator.is_, modules, repeat(None))):
             return None
@@ -51,7 +51,7 @@ class RememberedCandidates:
 def remembered_candidates(
     params: Any, tensors: Sequence[Tensor], modules: Sequence[nn.Module]
 ) -> RememberedCandidates | None:
-    """What to remember of `params`, or None where they are neither a list of tensors nor a module like any other."""
+    """Return weak references to `params`, or None if it is neither a list of tensors nor a module of the usual kind."""
     if not isinstance(params, nn.Module):
         just_tensors = len(tensors) == len(params) and all(map(operator.is_, tensors, params))
         return RememberedCandidates([], [], []) if just_tensors else None
@@ -65,4 +65,4 @@ def remembered_candidates(
 
 
 def _values(contents: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable([each.values() for each in contents])  # not all of them are dicts
+    return chain.from_iterable([each.values() for each in contents])  # not always dicts: see `module_contents`

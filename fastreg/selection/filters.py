@@ -21,9 +21,9 @@ Filter: TypeAlias = str | re.Pattern[str] | Predicate | type[nn.Module] | tuple[
 
 
 def bias_and_norm(name: str, param: Tensor) -> bool:
-    """True for biases and the weights of normalisation layers: parameters with fewer than two dimensions.
+    """Return True for biases and weights of normalization layers: parameters with fewer than two dimensions.
 
-    Meant for `exclude=`; weights of that shape are usually not regularised.
+    Pass it as `exclude=bias_and_norm`. These parameters are usually not regularized.
     """
     return param.ndim < 2
 
@@ -31,15 +31,15 @@ def bias_and_norm(name: str, param: Tensor) -> bool:
 def filtered(
     candidates: Sequence[Candidate], trainable: list[bool], include: Filter, exclude: Filter, modules: Modules
 ) -> list[Candidate]:
-    """The trainable candidates that `include` matches and `exclude` does not.
+    """Return the trainable candidates that `include` matches and `exclude` does not.
 
-    Raises ValueError where `include` matches nothing or nothing is left, and warns where `exclude` matches nothing.
+    Raise ValueError if `include` matches nothing or nothing is left. Warn if `exclude` matches nothing.
     """
     included = list(map(operator.and_, trainable, matches(include, True, candidates, modules)))
     if include is not None and not any(included):
         raise ValueError(f"nothing selected: {_nothing_matched('include', include, candidates, trainable)}")
     excluded = matches(exclude, False, candidates, modules)
-    # `bias_and_norm` is a rule for every model, and may find nothing in this one; all else is likely a mistake.
+    # `bias_and_norm` is a rule for every model, even without biases. Other filters that match nothing are likely wrong.
     if exclude not in (None, bias_and_norm) and not any(excluded) and not torch.compiler.is_compiling():
         warn_user(_nothing_matched("exclude", exclude, candidates, trainable))
     chosen = list(itertools.compress(candidates, map(operator.gt, included, excluded)))
@@ -52,7 +52,7 @@ def filtered(
 
 
 def matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], modules: Modules) -> list[bool]:
-    """Which candidates a filter matches; one of None includes all and excludes none."""
+    """Return which candidates a filter matches. None includes all and excludes none."""
     if pattern is None:
         return [is_include] * len(candidates)
     predicate = _predicate(pattern, "include" if is_include else "exclude", modules)
@@ -60,7 +60,7 @@ def matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], 
 
 
 def check_filter(pattern: Any, which: str) -> None:
-    """Raises TypeError or ValueError for what can be no filter, whatever the parameters."""
+    """Raise TypeError or ValueError for an object that cannot be a filter."""
     if pattern is None or _are_module_classes(pattern):
         return
     if isinstance(pattern, str) or (isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str)):
@@ -78,8 +78,8 @@ def check_filter(pattern: Any, which: str) -> None:
         if not torch.compiler.is_compiling():
             inspect.signature(pattern).bind("", None)
     except TypeError as error:
-        raise TypeError(f"{which} is called with two arguments, (name, param), which it does not take") from error
-    except ValueError:  # of some functions written in C nothing is known
+        raise TypeError(f"{which} is called with two arguments, (name, param), but does not accept them") from error
+    except ValueError:  # some functions written in C have no signature
         pass
 
 
@@ -93,11 +93,11 @@ def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
     if _are_module_classes(pattern):
         if not modules:
             raise ValueError(
-                f"{which} selects by the module that owns a parameter, but params holds no module; pass it"
+                f"{which} selects by the module that owns a parameter, but params holds no module; pass the module"
             )
         owners = [m for m in modules if isinstance(m, pattern)]
         parameters = module_contents(owners)[::2]
-        owned = dict.fromkeys(p for each in parameters for p in each.values())  # by identity, as tensors are hashed
+        owned = dict.fromkeys(p for each in parameters for p in each.values())  # tensors hash by identity
         return lambda name, param: param in owned
     if isinstance(pattern, (str, re.Pattern)):
         search = re.compile(pattern).search
@@ -107,15 +107,15 @@ def _predicate(pattern: Any, which: str, modules: Modules) -> Predicate:
 
 
 def _nothing_matched(which: str, pattern: Any, candidates: Sequence[Candidate], trainable: list[bool]) -> str:
-    """What is wrong, with the names that come nearest to a regular expression."""
+    """Return an error message with the names that are closest to a regular expression."""
     names = [c.name for c in itertools.compress(candidates, trainable)]
     if isinstance(pattern, (str, re.Pattern)):
         shown = repr(pattern if isinstance(pattern, str) else pattern.pattern)
-        # A regular expression may stand for a part of a name, and often does.
+        # A regular expression often is a part of a name.
         name_of = {part: name for name in reversed(names) for part in (name, *name.split("."))}
         near = difflib.get_close_matches(shown.strip("'"), name_of, 3, 0.5)
         examples = list(dict.fromkeys(name_of[part] for part in near))
-        hint = f"did you mean {' or '.join(map(repr, examples))}?" if near else f"its names are like {names[0]!r}"
+        hint = f"did you mean {' or '.join(map(repr, examples))}?" if near else f"their names are like {names[0]!r}"
         if pattern == bias_and_norm.__name__:
             hint = "did you mean fastreg.bias_and_norm, without quotes?"
     else:

@@ -19,7 +19,7 @@ def gathered_by_fsdp(modules: Iterable[nn.Module]) -> set[int]:
         if isinstance(module, fsdp.FSDPModule):
             shown = shown_by_fsdp(module)
             if shown is None:
-                # FSDP2 may have been told to ignore some of these. To refuse them is better than a wrong penalty.
+                # FSDP2 may ignore some of these parameters. An error for them is better than a wrong penalty.
                 shown = [p for p in module.parameters() if not is_dtensor(p)]
             gathered.update(map(id, shown))
     return gathered
@@ -32,7 +32,7 @@ def is_fsdp1(module: nn.Module) -> bool:
 
 
 def check_fsdp(names: Sequence[str], weights: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
-    """Raise TypeError for modules wrapped by FSDP1, and RuntimeError for weights that FSDP2 shows gathered."""
+    """Raise TypeError for modules wrapped by FSDP1, and RuntimeError for weights that FSDP2 has gathered."""
     if any(map(is_fsdp1, modules)):
         raise TypeError(
             "params is wrapped by FullyShardedDataParallel, whose flattened shards hide which weight is which; shard "
@@ -42,7 +42,7 @@ def check_fsdp(names: Sequence[str], weights: Sequence[Tensor], modules: Sequenc
     for name, w in zip(names, weights, strict=True) if gathered else ():
         if id(w) in gathered:
             raise RuntimeError(
-                f"parameter {name!r} is gathered by FSDP at this moment, as between forward and backward; call this "
+                f"parameter {name!r} is gathered by FSDP, as between forward and backward; call this "
                 "before the forward pass, or after backward as attach() does, or shard with "
                 "reshard_after_forward=True; after a forward pass without backward, call model.reshard() first"
             )

@@ -1,4 +1,4 @@
-"""From what a user passes as `params` to its tensors, each once, with their names and strength groups."""
+"""The tensors in `params`, each once, with their names and groups."""
 
 import difflib
 import re
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastreg.core.penalty import Strength
 from fastreg.core.strengths import check_strength
 
-# What can be penalized: a module, a tensor, tensors with or without names, or groups as optimizers take them.
+# Types of `params`: a module, a tensor, tensors with or without names, or groups as optimizers take them.
 Params: TypeAlias = (
     nn.Module
     | Tensor
@@ -19,11 +19,11 @@ Params: TypeAlias = (
     | Mapping[str, Any]
     | Iterable[Mapping[str, Any]]
 )
-OwnStrengths: TypeAlias = tuple[Strength | None, ...]  # of a group, in the order of their names; None is the call's
+OwnStrengths: TypeAlias = tuple[Strength | None, ...]  # of a group; None means the call's strength
 
 
 class Candidate(NamedTuple):
-    """A tensor that was passed, before frozen and excluded ones are left out."""
+    """A tensor in `params`, before frozen and excluded tensors are left out."""
 
     name: str
     tensor: Tensor
@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
 
 
 def copied(params: Any) -> Any:
-    """`params` with a copy of every list, mapping and iterator in it, so that later changes of those are not seen."""
+    """Return `params` with copies of its lists, mappings and iterators, so that later changes have no effect."""
     if isinstance(params, (nn.Module, Tensor, str)) or not isinstance(params, Iterable):
         return params
     if isinstance(params, Mapping):
@@ -40,9 +40,9 @@ def copied(params: Any) -> Any:
 
 
 def collect(params: Any, names: Sequence[str]) -> tuple[list[Candidate], list[OwnStrengths], list[nn.Module]]:
-    """The tensors in `params`, each group's own strengths called `names`, and the modules that own the parameters.
+    """Return the tensors in `params`, each group's strengths called `names`, and the modules that own the parameters.
 
-    Raise ValueError or TypeError, with the place in `params`, for anything that cannot be penalized.
+    Raise ValueError or TypeError for anything that cannot be penalized. The message names the place in `params`.
     """
     if isinstance(params, Mapping) and _is_group(params, names):
         params = [params]
@@ -56,7 +56,7 @@ def collect(params: Any, names: Sequence[str]) -> tuple[list[Candidate], list[Ow
     groups = params if isinstance(params, list) and any(isinstance(p, Mapping) for p in params) else None
     strengths: list[OwnStrengths] = []
     modules: list[nn.Module] = []
-    seen: dict[Tensor, Candidate] = {}  # by identity, as tensors are hashed
+    seen: dict[Tensor, Candidate] = {}  # tensors hash by identity
     for index, group in enumerate([{"params": params}] if groups is None else groups):
         if not isinstance(group, Mapping):
             raise TypeError(f"params mixes group dicts with {type(group).__name__}; put that into a group of its own")
@@ -79,14 +79,14 @@ def collect(params: Any, names: Sequence[str]) -> tuple[list[Candidate], list[Ow
 
 
 def _is_group(params: Mapping[Any, Any], names: Sequence[str]) -> bool:
-    """Whether this is a group dict, and not a mapping of named tensors, one of which may be called params."""
+    """Return whether this is a group dict, not a mapping of named tensors with one called "params"."""
     if "params" in params:
         return not any(isinstance(v, nn.Parameter) for k, v in params.items() if k not in ("params", *names))
     return not all(isinstance(value, Tensor) for value in params.values())
 
 
 def check_keys(group: Mapping[Any, Any], index: int) -> None:
-    """Refuses keys that look misspelt or misplaced; the others are an optimizer's own, such as lr or betas."""
+    """Raise ValueError for keys that look misspelled or misplaced. Keys of optimizers, such as lr, are ignored."""
     for key in group:
         if key in ("params", "l1", "l2", "prox") or not isinstance(key, str):
             continue
@@ -123,14 +123,14 @@ def _named(params: Any, where: str, names: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_MARKS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and checkpoint_wrapper, wherever they stand
+_MARKS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # from torch.compile and checkpoint_wrapper, anywhere in a name
 
 
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`module.named_parameters()`, named as in the user's own model."""
+    """Yield `module.named_parameters()` with the names of the user's own model."""
     wrapped = [f"{name}.module.".lstrip(".") for name, each in module.named_modules() if isinstance(each, _WRAPPERS)]
     for name, parameter in module.named_parameters():
-        # The inner ones first, so that the prefixes of the outer ones still fit.
+        # Inner prefixes first, so that outer prefixes still match.
         for prefix in reversed(wrapped):
             if name.startswith(prefix):
                 name = prefix.removesuffix("module.") + name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""From what a user passes to the weights that count, and whether they are still the same."""
+"""Which weights to penalize, and whether an earlier selection is still valid."""
 
 import copy
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastreg.core.checks import Impl, check_impl, check_kinds, check_reduce
+from fastreg.core.checks import Impl, check_impl, check_reduce, check_tensors
 from fastreg.core.dtensor import any_dtensor
 from fastreg.core.layout import Layout, find_layout
 from fastreg.core.penalty import BasePenalty
@@ -23,42 +23,42 @@ from fastreg.selection.params import Candidate, OwnStrengths, collect
 
 
 class Selection:
-    """Which of the tensors in `params` count, with their names and the strengths of their groups."""
+    """The tensors in `params` that count, with their names and the strengths of their groups."""
 
     def __init__(self, params: Any, penalty: type[BasePenalty], include: Filter, exclude: Filter) -> None:
         candidates, own_strengths, self._modules = collect(params, penalty.NAMES)
         chosen = filtered(candidates, _trainable(candidates), include, exclude, self._modules)
         self.names = [c.name for c in chosen]
         weights = [c.tensor for c in chosen]
-        check_kinds(self.names, weights)
+        check_tensors(self.names, weights)
         check_fsdp(self.names, weights, self._modules)
-        # Groups that bring no strengths are one. Those that do are not compared: two that become equal would otherwise
-        # make another number of groups.
+        # Groups without strengths form one strength group. Groups with strengths stay separate even if these are equal:
+        # the number of strength groups must not change with values.
         keys = [c.group if any(s is not None for s in own_strengths[c.group]) else None for c in chosen]
         index_of = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         self.groups: Groups = [index_of[key] for key in keys]
-        # None for the group of those that bring none.
+        # None for the group without strengths.
         self._own_strengths: list[OwnStrengths | None] = [
             None if key is None else own_strengths[key] for key in index_of
         ]
         tensors = [c.tensor for c in candidates]
         self.candidates: Any = HeldCandidates(tensors, self._modules)
-        chosen_tensors = set(weights)  # by identity, as tensors are hashed
+        chosen_tensors = set(weights)  # tensors hash by identity
         self._is_chosen = [each in chosen_tensors for each in tensors]
         self._all_chosen = all(self._is_chosen)
         self._traits_of_all = _traits(tensors)
         self._are_leaves: bool | None = all([w.is_leaf for w in weights])
         self._is_sharded = any_dtensor(weights)
-        # Of the last call's weights. Threads may call in different modes; each finds a layout of the same memory.
+        # The last call's layout. A thread in inference mode or autocast may replace it by one for the same memory.
         self.layout: Layout | None = None
 
     @property
     def weights(self) -> Sequence[Tensor]:
-        """The tensors that count, of a selection that holds them."""
+        """The tensors that count. The selection must hold its tensors."""
         return self._chosen(self.candidates.tensors)
 
     def remembered(self, params: Any) -> "Selection | None":
-        """The same without holding any tensor or module, if there is a way to find them again."""
+        """Return a copy that keeps no tensor or module alive, or None if it could not find them again."""
         candidates = remembered_candidates(params, self.candidates.tensors, self._modules)
         if candidates is None:
             return None
@@ -67,12 +67,12 @@ class Selection:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None}  # whose guards cannot be pickled
+        return {**self.__dict__, "layout": None}  # guards cannot be pickled
 
     def current(self, params: Any, is_traced: bool) -> Sequence[Tensor] | None:
-        """The candidates, or None where one was frozen, thawed, converted or replaced since, or a module.
+        """Return the candidates, or None if one of them or a module was frozen, thawed, converted or replaced.
 
-        Where a compiler or a transform looks on, weights have no memory to be asked for, and no layout.
+        If `is_traced`, the tensors have no addresses, so no layout is looked up.
         """
         tensors: Sequence[Tensor] | None = self.candidates.now(params)
         if tensors is None:
@@ -81,7 +81,7 @@ class Selection:
             return tensors if _traits(tensors) == self._traits_of_all else None
         weights = self._chosen(tensors)
         if self.layout is not None and self.layout.guards_match(weights):
-            # Which answers for the weights; there may be others.
+            # The guards cover the chosen candidates only.
             same = self._all_chosen or _traits(tensors) == self._traits_of_all
         else:
             same = _traits(tensors) == self._traits_of_all
@@ -89,7 +89,7 @@ class Selection:
         return tensors if same else None
 
     def work_can_be_kept(self, penalty: BasePenalty) -> bool:
-        """Whether `work` can be kept: its strengths are then not new tensors made from those that were passed."""
+        """Return whether `work` may be cached: not if it combines the user's tensors into new ones at each call."""
         strengths = chain(penalty.strengths, *filter(None, self._own_strengths))  # type: ignore[arg-type]
         return len(self._own_strengths) == 1 or not any(isinstance(s, torch.Tensor) for s in strengths)
 
@@ -102,7 +102,7 @@ class Selection:
         *,
         is_traced: bool = False,
     ) -> Work:
-        """The weights among the candidates. Groups without strengths of their own take those of `penalty`."""
+        """Return the chosen candidates as a Work. Groups without their own strengths take those of `penalty`."""
         weights = self._chosen(tensors)
         n_groups, device = len(self._own_strengths), weights[0].device
         if self._own_strengths == [None]:
@@ -124,11 +124,11 @@ class Selection:
 
 
 def _traits(tensors: Sequence[Tensor]) -> tuple[list[bool], list[type], list[int]]:
-    # The dimensions are what `bias_and_norm` goes by.
+    # `bias_and_norm` depends on ndim.
     return [t.requires_grad for t in tensors], list(map(type, tensors)), [t.ndim for t in tensors]
 
 
-# What single calls have selected, for the next one; it keeps no tensor alive.
+# Cache of the selections of single calls. It keeps no tensor alive.
 _REMEMBERED: dict[Hashable, Selection] = {}
 MOST_REMEMBERED = 64
 _REMEMBERING = threading.Lock()
@@ -137,7 +137,7 @@ _REMEMBERING = threading.Lock()
 def select(
     params: Any, penalty: BasePenalty, include: Filter, exclude: Filter, impl: Impl, all_reduce: bool = True
 ) -> Work:
-    """The work of a single call, with every argument checked; the strengths have been checked."""
+    """Return the work of a single call. Check all arguments except the strengths, which the caller has checked."""
     check_impl(impl)
     check_reduce(all_reduce)
     if torch.compiler.is_compiling() or is_transformed():
@@ -145,7 +145,7 @@ def select(
         return selection.work(selection.candidates.tensors, penalty, impl, all_reduce, is_traced=True)
     if not isinstance(params, (nn.Module, list)) and isinstance(params, Iterator):
         params = list(params)
-    # With other filters all would have to be compared that they may go by: names, classes, what a callable looks at.
+    # Other filters may depend on names, classes or anything that a callable reads, so their results are not cached.
     key: Hashable = None
     if include is None and (exclude is None or exclude is bias_and_norm):
         if isinstance(params, nn.Module):
@@ -168,8 +168,8 @@ def select(
 
 
 def _trainable(candidates: list[Candidate]) -> list[bool]:
-    """Whether each candidate is trained, and so counts unless it is filtered out."""
-    # Tensors without gradients count only where nothing else is there: then they are data, not frozen weights.
+    """Return whether each candidate counts, unless a filter leaves it out."""
+    # If no candidate is a parameter or requires a gradient, all are data rather than frozen weights, and all count.
     plain = not any(c.tensor.requires_grad or isinstance(c.tensor, nn.Parameter) for c in candidates)
     trainable = [plain or c.tensor.requires_grad for c in candidates]
     if not candidates:

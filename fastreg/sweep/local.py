@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreg.blocks.sweep import block_sweep
-from fastreg.core.checks import check_kinds
+from fastreg.core.checks import check_tensors
 from fastreg.core.layout import find_layout, is_dense, store_layout
 from fastreg.core.penalty import Measure, moved
 from fastreg.core.torch_private import is_zerotensor, no_subclass
@@ -58,7 +58,7 @@ def _with_layout(work: Work) -> Work:
     layout = find_layout(work.weights, work.groups)
     if layout is not None:
         return work._replace(layout=layout)
-    check_kinds(work.names, work.weights)
+    check_tensors(work.names, work.weights)
     copy = functools.partial(torch.clone, memory_format=torch.contiguous_format)
     weights = [
         w if (is_dense(w) if isinstance(g, int) else w.is_contiguous()) and not _is_lazy(w) else copy(w)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreg.blocks.sweep import block_sweep
-from fastreg.core.checks import check_kinds
+from fastreg.core.checks import check_tensors
 from fastreg.core.dtensor import hides_dtensor
 from fastreg.core.dtypes import value_dtype
 from fastreg.core.penalty import Measure, Scale, Strength
@@ -29,7 +29,7 @@ def traced_sweep(work: Work, request: Request) -> Measure | None:
         raise RuntimeError(
             "a penalty of DTensor weights cannot be traced; call it outside of the compiled or transformed function"
         )
-    check_kinds(work.names, weights)
+    check_tensors(work.names, weights)
     sums: Tensor | None = None
     if (
         request.step is not None

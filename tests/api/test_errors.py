@@ -76,7 +76,7 @@ CASES: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]]
         lambda: nn.Linear(2, 2),
         {"include": "conv"},
         ValueError,
-        "nothing selected: include='conv' matches none of 2 trainable parameters; its names are like 'weight'",
+        "nothing selected: include='conv' matches none of 2 trainable parameters; their names are like 'weight'",
     ),
     ("no params entry", lambda: [{"l1": 0.1}], {}, ValueError, "groups[0] has no 'params' entry"),
     (
@@ -125,7 +125,7 @@ CASES: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]]
     ("sparse", lambda: model(torch.eye(2).to_sparse()), {}, TypeError, "parameter 'layer.w' is sparse"),
     ("quantized", lambda: [("q", quantized())], {}, TypeError, "parameter 'q' is quantized; exclude it"),
     ("meta", lambda: nn.Linear(2, 2, device="meta"), {}, TypeError, "parameter 'weight' is on the meta device"),
-    ("lazy", lambda: nn.LazyLinear(3), {}, TypeError, "parameter 'weight' is not initialised yet; run a batch through"),
+    ("lazy", lambda: nn.LazyLinear(3), {}, TypeError, "parameter 'weight' is not initialized yet; run a batch through"),
     (
         "no GPU",
         weights,

@@ -57,7 +57,7 @@ def test_module_classes_select_tied_weights_of_any_owner() -> None:
     [
         ("bais", r"did you mean '.*bias'"),
         ("encodr", "did you mean 'encoder"),
-        ("zzzzzz", "its names are like"),
+        ("zzzzzz", "their names are like"),
         (nn.Conv2d, "exclude=Conv2d matches none of 7 trainable parameters"),
         (lambda name, param: False, "matches none of 7 trainable parameters"),
     ],
