@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report docs lint types wheel release-check clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-gpu gpu bench report recipes docs lint types wheel release-check clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,16 +21,16 @@ demo: $(STAMP)  ## train the digits MLP with no penalty, L1, L2, elastic net, an
 
 test: test-torch test-interpreter test-codegen test-jit
 
-test-torch: $(STAMP)  ## lane a: the PyTorch path against NumPy float64 (and lane d where there is a GPU)
+test-torch: $(STAMP)  ## the PyTorch path against NumPy float64; with a GPU also the gpu lane
 	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen and not jit and not integrations"
 
-test-interpreter: $(STAMP)  ## lane b: the Triton kernels on the CPU
+test-interpreter: $(STAMP)  ## the Triton kernels on CPU tensors, in Triton's interpreter
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) -m interpreter
 
-test-codegen: $(STAMP)  ## lane c: what the compiler makes of the kernels
+test-codegen: $(STAMP)  ## the kernels' machine code
 	$(RUN) -m pytest $(PARALLEL) -m codegen
 
-test-jit: $(STAMP)  ## lane e: launches through Triton's JIT, down to a cubin, with a driver that only notes them
+test-jit: $(STAMP)  ## launches through Triton's JIT, down to a cubin, with a driver that only records them
 	$(RUN) -m pytest -m jit
 
 INTEGRATIONS := $(VENV)/.integrations
@@ -39,10 +39,10 @@ $(INTEGRATIONS): $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt -e ".[integrations]"
 	touch $(INTEGRATIONS)
 
-test-integrations: $(INTEGRATIONS)  ## lane f: in the Trainers of transformers and Lightning, and with Accelerate
+test-integrations: $(INTEGRATIONS)  ## training with transformers, Lightning and Accelerate, which this installs
 	$(RUN) -m pytest $(PARALLEL) -m integrations
 
-test-gpu: $(STAMP)  ## lane d: the same cases on a CUDA or ROCm device
+test-gpu: $(STAMP)  ## the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
 
 gpu: $(STAMP)  ## on a GPU, everything in 20 minutes: tests, sanitizer, benchmarks, replays, tuning; GPU="--minutes 10"
@@ -54,6 +54,9 @@ bench: $(STAMP)  ## every benchmark, results to bench/results/; BENCH="--models 
 
 report: $(STAMP)  ## docs/benchmarks.md and its figures from bench/results/
 	$(RUN) -m bench.report.pages
+
+recipes: $(STAMP)  ## copy the code that CONTRIBUTING.md shows from the files that it names
+	$(RUN) tests/docs/test_contributing.py
 
 DOCS := $(VENV)/.docs
 

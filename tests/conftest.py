@@ -1,4 +1,4 @@
-"""Which lane a process runs, and what every test starts from."""
+"""Skip the tests of other lanes, and give every test the same start."""
 
 import os
 import pathlib
@@ -12,20 +12,20 @@ from tests.support.helpers import INTERPRETED, PATHS, Path
 from tests.support.ranks import Teams
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Others run beside this process, one a core.
+    # One process runs per core.
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that this one starts
 
-# A pool of compiling processes, which import torch each, is slower than the few compilations that the tests ask for.
+# The tests compile little, so a pool of processes that all import torch would be slower.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 if INTERPRETED:
-    # The interpreter computes with NumPy, which warns of overflows and NaNs that a GPU goes through silently.
+    # The interpreter computes with NumPy, which warns of overflows and NaNs. A GPU does not.
     np.seterr(all="ignore")
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
-    # Other lanes run where those libraries are not installed; in that lane a missing one is an error.
+    # The other lanes run without those libraries. In the integrations lane a missing library is an error.
     is_other_lane = "integrations" not in config.option.markexpr.split("not integrations")[0]
     return True if collection_path.name == "integrations" and is_other_lane else None
 
@@ -47,7 +47,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For thousands of tiny operations: on a busy machine, threads would only wait for each other."""
+    """Use one thread: in thousands of tiny operations, threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,20 +56,20 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=PATHS)
 def path(request: pytest.FixtureRequest) -> Path:
-    """(impl, device): every test that takes it runs once in each lane."""
+    """(impl, device). A test that takes this fixture runs once in each of the lanes torch, interpreter and gpu."""
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Teams]:
-    """The processes that cases run on, which all test files share: starting them takes the time."""
+    """Processes that run the cases of distributed tests. All test files share them, because starting them is slow."""
     teams = Teams(lambda: tmp_path_factory.mktemp("ranks"))
     yield teams
     teams.close()
 
 
-# What two ranks do, lane a shows; kernels know nothing of ranks, and their interpreter is slow.
+# The torch lane covers two ranks. The kernels do not depend on ranks, and their interpreter is slow.
 @pytest.fixture(params=[4] if INTERPRETED else [2, 4])
 def on_every_rank(request: pytest.FixtureRequest, path: Path, teams: Teams) -> Callable[[str], None]:
-    """Runs a case of the test file's CASES on that many processes."""
+    """Run a case of the test file's CASES on 2 or 4 processes."""
     return lambda name: teams.run(request.module.__name__, name, request.param, path)
