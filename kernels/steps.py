@@ -162,10 +162,18 @@ def _prox_elementwise(w, square, denominator, prox_l1, prox_slope, bound, DTYPE:
     shrinkage = ones
     if prox_slope != 0:
         shrinkage = _quotient(ones, prox_slope * inverse + 1.0, DTYPE)
-    moved = _prox(w, prox_l1 * inverse, shrinkage)
-    # Compared this way round, NaN survives.
-    moved = tl.where(moved < w - reach, w - reach, tl.where(moved > w + reach, w + reach, moved))
-    return tl.where(is_first & (square == 0), w, moved)
+    # As `_prox`, with |w| - reach below it. A maximum of magnitudes takes fewer instructions than comparisons.
+    magnitude = tl.abs(w)
+    allowed = tl.where(is_first & (square == 0), 0.0, reach)
+    shrunk = _larger(magnitude - prox_l1 * inverse, 0.0) * shrinkage
+    shrunk = _larger(shrunk, magnitude - allowed)
+    return tl.where(w < 0, -shrunk, shrunk)
+
+
+@triton.jit
+def _larger(a, b):
+    """The maximum, NaN if one of both is NaN."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
