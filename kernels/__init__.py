@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels. Nothing outside this package imports Triton."""
+"""The Triton path. Only this folder imports Triton."""
 
 from fastreg.kernels.launch import INTERPRETED, kernel_sweep
 

@@ -1,4 +1,4 @@
-"""From parts to kernel launches: pointer tables, one sweep per dtype, and one kernel that finishes the value."""
+"""Launches for the parts of a layout: pointer tables, one sweep per dtype, and one kernel that finishes the value."""
 
 import functools
 from collections.abc import Hashable, Sequence
@@ -17,15 +17,22 @@ from fastreg.kernels.finish import _finish_kernel
 from fastreg.kernels.sweep import _sweep_kernel
 from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
 
-# Whether the kernels were defined under TRITON_INTERPRET=1, and so run on the CPU.
+# Whether the kernels were defined under TRITON_INTERPRET=1 and run on the CPU.
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
 NUM_WARPS = 4
-# Elements per thread where states are read, too: what it holds of each is 16 bytes of narrow numbers.
+# Elements per thread in the modes of optimizers: 16 bytes of each 16-bit tensor.
 STEP_ELEMENTS = 8
 FINISH_BLOCK, FINISH_WARPS = 1024, 8
-_ROW_BYTES = 16  # of two float64 sums
+_ROW_BYTES = 16  # two float64 sums
 
-_NO_STEP: dict[str, Any] = {"settings": 0, "lr": 1.0, "states": 0, "counters": 0, "grad_scale": 0, "found_inf": 0}
+_NO_STEP: dict[str, Any] = {
+    "settings_ptr": 0,
+    "lr": 1.0,
+    "states_ptr": 0,
+    "counters_ptr": 0,
+    "grad_scale_ptr": 0,
+    "found_inf_ptr": 0,
+}
 _TRITON_DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -35,9 +42,9 @@ _TRITON_DTYPES = {
 
 
 def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure | None:
-    """One sweep over the parts of one device: a launch per dtype, and one more where a value is wanted.
+    """Make one sweep over the parts of one device: one launch per dtype, and one more if a value is wanted.
 
-    The arguments are those of `block_sweep`. The addresses of the weights are in the parts' tables already.
+    Take the arguments of `block_sweep`. The parts' tables have the addresses of the weights already.
     """
     device = parts[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -55,21 +62,21 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
         tables.append((part, pointers, pointers.of_weights()))
         n_chunks += tables[-1][2].n_chunks
     n_groups = work.n_groups
-    # Strengths and scales as kernels take them: as floats, and by address those that are in device memory.
+    # Kernels take each strength and scale as a float, times a number in device memory if there is an address.
     factors: list[Any] = [*penalty.strengths, *(request.scale or (1.0,) * len(penalty.strengths))]
     values, addresses, doubles = factors[:], [0, 0, 0, 0], 0
     for i, factor in enumerate(factors):
         if isinstance(factor, Tensor):
-            if factor.is_neg() or is_zerotensor(factor):  # what is in its memory is not its value
+            if factor.is_neg() or is_zerotensor(factor):  # its memory does not hold its value
                 factor = factors[i] = torch.empty_like(factor, dtype=torch.float64).copy_(factor)
             elif factor.dtype not in (torch.float64, torch.float32):
-                factor = factors[i] = factor.double()  # which has to live until the kernels are launched
+                factor = factors[i] = factor.double()  # `factors` keeps it until the kernels are launched
             values[i], addresses[i] = 1.0, factor.data_ptr()
             doubles |= (factor.dtype == torch.float64) << i
     l1, l2, scale_l1, scale_l2 = values
-    at_l1, at_l2, at_scale_l1, at_scale_l2 = addresses
+    l1_ptr, l2_ptr, scale_l1_ptr, scale_l2_ptr = addresses
     sums = None if value_dtype is None else torch.empty((n_groups + n_chunks, 2), dtype=torch.float64, device=device)
-    next_partial = partials = 0 if sums is None else sums.data_ptr() + n_groups * _ROW_BYTES
+    next_partials = partials = 0 if sums is None else sums.data_ptr() + n_groups * _ROW_BYTES
     settings, lr, grad_scale, found_inf = 0, 1.0, None, None
     if step is not None:
         settings_of_groups, lr = settings_table(step.settings, device)
@@ -83,7 +90,7 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
         target = pointers.target
         lanes = NUM_WARPS * target.threads_per_warp
         block = BLOCK if step is None else STEP_ELEMENTS * lanes
-        # A value in float64, of models with any such weights, deserves sums in float64.
+        # If any weight is float64, so is the value, and all sums are float64.
         sum_dtype = target.sum_dtype if value_dtype is torch.float32 else value_dtype
         of_step, counters = _NO_STEP, None
         if step is not None:
@@ -91,41 +98,41 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
             if step.steps is not None and mode is not Mode.ELEMENTWISE_PROX:
                 counters = pointers.counters(step.steps)
             of_step = {
-                "settings": settings,
+                "settings_ptr": settings,
                 "lr": lr,
-                "states": states.data_ptr(),
-                "counters": 0 if counters is None else counters.data_ptr(),
-                "grad_scale": 0 if grad_scale is None else grad_scale.data_ptr(),
-                "found_inf": 0 if found_inf is None else found_inf.data_ptr(),
+                "states_ptr": states.data_ptr(),
+                "counters_ptr": 0 if counters is None else counters.data_ptr(),
+                "grad_scale_ptr": 0 if grad_scale is None else grad_scale.data_ptr(),
+                "found_inf_ptr": 0 if found_inf is None else found_inf.data_ptr(),
             }
         _launch(
             _sweep_kernel,
             table.n_chunks,
             (device.index, part.dtype, mode._value_, sum_dtype, block, NUM_WARPS),
             {
-                "table": table.chunks.data_ptr(),
-                "grad_table": 0 if grad_table is None else grad_table.data_ptr(),
+                "table_ptr": table.chunks.data_ptr(),
+                "grad_table_ptr": 0 if grad_table is None else grad_table.data_ptr(),
                 "grad_distance": grad_distance,
-                "partials": next_partial,
+                "partials_ptr": next_partials,
                 "l1": l1 * scale_l1,
                 "l2": l2 * scale_l2,
-                "l1_address": at_l1,
-                "l2_address": at_l2,
-                "scale_l1_address": at_scale_l1,
-                "scale_l2_address": at_scale_l2,
+                "l1_ptr": l1_ptr,
+                "l2_ptr": l2_ptr,
+                "scale_l1_ptr": scale_l1_ptr,
+                "scale_l2_ptr": scale_l2_ptr,
                 "doubles": doubles,
                 **of_step,
             },
             {
                 "DTYPE": _TRITON_DTYPES[part.dtype],
-                "MODE": mode._value_,  # `mode.value` is a slower property
+                "MODE": mode._value_,  # the property `mode.value` is slower
                 "SUM_DTYPE": None if sum_dtype is None else _TRITON_DTYPES[sum_dtype],
                 "LANES": lanes,
                 "BLOCK": block,
             },
             NUM_WARPS,
         )
-        next_partial += table.n_chunks * _ROW_BYTES
+        next_partials += table.n_chunks * _ROW_BYTES
     if sums is None or value_dtype is None:
         return None
     total = torch.empty((), dtype=value_dtype, device=device)
@@ -139,16 +146,16 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
         1 + n_groups,
         (device.index, value_dtype, FINISH_BLOCK, FINISH_WARPS),
         {
-            "partials": partials,
-            "groups": 0 if by_group is None else by_group.data_ptr(),
-            "total": total.data_ptr(),
-            "l1_term": 0 if terms is None else terms[0].data_ptr(),
-            "l2_term": 0 if terms is None else terms[1].data_ptr(),
-            "sums": sums.data_ptr(),
+            "partials_ptr": partials,
+            "groups_ptr": 0 if by_group is None else by_group.data_ptr(),
+            "total_ptr": total.data_ptr(),
+            "l1_term_ptr": 0 if terms is None else terms[0].data_ptr(),
+            "l2_term_ptr": 0 if terms is None else terms[1].data_ptr(),
+            "sums_ptr": sums.data_ptr(),
             "l1": l1,
             "l2": l2,
-            "l1_address": at_l1,
-            "l2_address": at_l2,
+            "l1_ptr": l1_ptr,
+            "l2_ptr": l2_ptr,
             "doubles": doubles,
             "n_chunks": n_chunks,
         },
@@ -169,10 +176,10 @@ def _launch(
     constants: dict[str, Any],
     num_warps: int,
 ) -> None:
-    """`kernel[(n_programs,)](**arguments, **constants)`, both in the order of the kernel's parameters.
+    """Call `kernel[(n_programs,)](**arguments, **constants)`, both in the order of the kernel's parameters.
 
-    From the second launch on by the compiled kernel itself, as in Triton's tutorial on fused softmax: the JIT looks at
-    every argument anew to find it. `variant` tells where it was loaded, and what it was compiled for.
+    From the second launch on, call the compiled kernel itself, as in Triton's tutorial on fused softmax: the JIT would
+    inspect every argument at each call. `variant` identifies the compiled kernel by its device and its constants.
     """
     key = (id(kernel), *variant)
     compiled = _COMPILED.get(key)
@@ -180,6 +187,6 @@ def _launch(
         compiled[n_programs, 1, 1](*arguments.values(), *constants.values())
         return
     launched = kernel[(n_programs,)](**arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
-    # Neither the interpreter returns one, nor what tests put in the place of a kernel.
+    # The interpreter, and stand-ins for a kernel in tests, return no compiled kernel.
     if isinstance(kernel, triton.runtime.JITFunction) and isinstance(launched, triton.compiler.CompiledKernel):
         _COMPILED[key] = launched

@@ -1,4 +1,4 @@
-"""The penalty's gradient and its proximal step, element by element; imports nothing but Triton."""
+"""The penalty's gradient and proximal step, element by element; imports nothing but Triton."""
 
 import triton
 import triton.language as tl
@@ -6,20 +6,20 @@ import triton.language as tl
 
 @triton.jit
 def _signed(w, l1):
-    """l1 * sign(w), and 0 for NaN."""
+    """Return l1 * sign(w), and 0 for NaN."""
     return tl.where(w > 0, l1, tl.where(w < 0, -l1, 0.0))
 
 
 @triton.jit
 def _gradient(w, l1, slope):
-    """l1 * sign(w) + slope * w, where slope is 2 * l2, with one rounding; sign(±0) = 0, and NaN comes by the slope."""
+    """Return l1 * sign(w) + slope * w, rounded once; slope is 2 * l2, and sign(±0) is 0. NaN passes through."""
     return tl.fma(w, slope, _signed(w, l1))
 
 
 @triton.jit
 def _prox(w, l1, shrinkage):
-    """sign(w) * max(|w| - l1, 0) * shrinkage, for an l1 that carries the step size."""
+    """Return sign(w) * max(|w| - l1, 0) * shrinkage; l1 includes the step size."""
     magnitude = tl.abs(w)
-    # Compared this way round, NaN takes the arithmetic branch and survives.
+    # The comparison is false for NaN, which stays NaN in the arithmetic branch.
     shrunk = tl.where(magnitude <= l1, 0.0, (magnitude - l1) * shrinkage)
     return tl.where(w < 0, -shrunk, shrunk)

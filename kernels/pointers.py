@@ -1,4 +1,4 @@
-"""Pointers made of addresses, and loads and stores; imports nothing but Triton."""
+"""Pointers from int64 addresses, loads and stores; imports nothing but Triton."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def _pointer(address, DTYPE: tl.constexpr):
-    # Under the interpreter a small argument, such as 0, is an int32.
+    # The interpreter passes small arguments, such as 0, as int32.
     return address.to(tl.int64).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
 def _times(value, address, is_double, index):
-    """`value`, a float64, times what a float64 or float32 vector at `address` holds at `index`, if there is one."""
+    """Return float64 `value` times element `index` of the float64 or float32 vector at `address`, if not 0."""
     if address != 0:
         double = tl.load(_pointer(address, tl.float64) + index, mask=is_double, other=1.0)
         single = tl.load(_pointer(address, tl.float32) + index, mask=is_double == 0, other=1.0)
@@ -33,6 +33,6 @@ def _store(ptr, first, lane, mask, values):
 
 @triton.jit
 def _beside(address, distance, DTYPE: tl.constexpr):
-    """A pointer to what is that many bytes away, as if it were aligned, and by how much it is not."""
+    """Return a pointer `distance` bytes after `address`, with an alignment hint, and its misalignment in bytes."""
     address += distance
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16), address % 16

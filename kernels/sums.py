@@ -1,19 +1,19 @@
-"""Σ|w| and Σw² within a program of the sweep's kernel; imports nothing but Triton.
+"""Σ|w| and Σw² within a program of the sweep kernel; imports nothing but Triton.
 
-They are summed in float64 where the GPU adds float64 numbers fast. Elsewhere a sum is two float32 numbers: the rounded
-sum, and what its roundings lost. They serve where squares neither overflow nor vanish.
+Sums are float64 on GPUs that add float64 numbers fast. Elsewhere a sum is a pair of float32 numbers: the rounded sum
+and its rounding error. Pairs are accurate where squares neither overflow nor underflow.
 """
 
 import triton
 import triton.language as tl
 
-# Of sums of a few |w|. Squares overflow from 2**64 on and are rounded to multiples of 2**-149.
+# Range of Σ|w| of a few elements. Squares overflow from 2**64 on and are rounded to multiples of 2**-149.
 PAIRS_FROM, PAIRS_BELOW = tl.constexpr(2.0**-45), tl.constexpr(2.0**50)
 
 
 @triton.jit
 def _add(a, a_lost, b, b_lost):
-    """The sum of two sums, and what it lost: of float32 all of it (Knuth's TwoSum), of float64 nothing is kept."""
+    """Return the sum of two sums and its rounding error: exact in float32 (Knuth's TwoSum), unused in float64."""
     total = a + b
     lost = a_lost
     if total.dtype == tl.float32:
@@ -24,7 +24,7 @@ def _add(a, a_lost, b, b_lost):
 
 @triton.jit
 def _halves(x, ARE_NEAR: tl.constexpr):
-    """The rows of x [n, 2] at even and at odd places, or in the first half and in the second."""
+    """Split x [n, 2] into even and odd rows if ARE_NEAR, else into its first and second half."""
     HALF: tl.constexpr = x.shape[0] // 2
     if ARE_NEAR:
         x = tl.permute(tl.reshape(x, (HALF, 2, 2)), (0, 2, 1))
@@ -35,20 +35,20 @@ def _halves(x, ARE_NEAR: tl.constexpr):
 
 @triton.jit
 def _block_sums(w, DTYPE: tl.constexpr, LANES: tl.constexpr):
-    """Σ|w| and Σw² of each thread's elements and what they lost, both [LANES, 2].
+    """Return Σ|w| and Σw² of each thread's elements and their rounding errors, both [LANES, 2].
 
-    In float32 one rounding is not kept, that of the first of all sums: it is what halves the work.
+    In float32 the error of the first addition is dropped, which halves the work.
     """
     BLOCK: tl.constexpr = w.shape[0]
-    AT_ONCE: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements, in 16 bytes
+    AT_ONCE: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements in 16 bytes
     a, b = tl.split(tl.reshape(w, (BLOCK // 2, 2)))
     square = a * a
     sums = tl.join(tl.abs(a) + tl.abs(b), tl.fma(b, b, square))
-    # To a compiler, -0.0 is the number that changes nothing when it is added.
+    # Compilers remove an addition of -0.0, which changes no number. An addition of 0.0 changes -0.0.
     lost = tl.full((BLOCK // 2, 2), -0.0, w.dtype)
     if w.dtype == tl.float32 and DTYPE == tl.float32:  # squares of narrower floats are exact
         lost = tl.join(tl.full((BLOCK // 2,), -0.0, w.dtype), tl.fma(a, a, -square))
-    # First what a thread reads at once, then its reads: nothing changes threads.
+    # Add the elements of one read first, then the reads of a thread. No element moves to another thread.
     for _ in tl.static_range(16):
         if sums.shape[0] > LANES:
             a, b = _halves(sums, sums.shape[0] > BLOCK // AT_ONCE)
@@ -59,9 +59,9 @@ def _block_sums(w, DTYPE: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _suit_pairs(sums):
-    """Whether the largest Σ|w| of a thread is in range, or 0; what is too small beside it does not count in the sum.
+    """Return whether the largest Σ|w| of a thread is 0 or in range. A much smaller one is negligible in the sum.
 
-    A NaN may be seen here or not: it arrives either way.
+    A NaN may or may not be in range. Both branches return NaN.
     """
     abs_sums, _ = tl.split(sums)
     largest = tl.max(abs_sums, axis=0)

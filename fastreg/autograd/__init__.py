@@ -1,4 +1,4 @@
-"""The penalty as an autograd Function, and how its gradient reaches .grad."""
+"""The penalty as an autograd Function, and the ways in which its gradient reaches .grad."""
 
 from fastreg.autograd.function import compute_penalty
 

@@ -1,7 +1,7 @@
-"""May backward write .grad itself? PyTorch's private names about the autograd engine and the nodes of its graph.
+"""Decide whether backward may write .grad itself, by PyTorch's private names for the engine and the graph's nodes.
 
-Each is looked up and tried at import, as in core/torch_private.py. Where one is missing or does something else,
-gradients are returned to autograd: slower, with the same results.
+Each name is looked up and tried at import, as in core/torch_private.py. Where a name is missing or does something
+else, backward returns gradients to autograd: slower, with the same results.
 """
 
 import functools
@@ -24,7 +24,7 @@ def _apply_in_python(function: Any, *inputs: Any) -> Any:
 
 @bound(_apply_in_python)
 def apply() -> Any:
-    """`apply(function, *inputs)` is `function.apply(*inputs)` by the method in C++ that Function.apply calls.
+    """`apply(function, *inputs)` is `function.apply(*inputs)` through the C++ method that Function.apply calls.
 
     Function.apply itself loops over all inputs in Python, for torch.func only. Missing: Function.apply.
     """
@@ -47,7 +47,7 @@ def apply() -> Any:
 
 
 def note_hooks(function: Any) -> None:
-    """Make the graph's nodes of an autograd Function note in `was_hooked` that a hook was registered on them.
+    """Make the graph's nodes of an autograd Function set `was_hooked` when a hook is registered on them.
 
     `_backward_cls` is the class of these nodes. Missing: `only_accumulates` asks each node for its hooks.
     """
@@ -76,21 +76,24 @@ def _look_up_hooks(name: str, register: Callable[[Tensor, Any], Any]) -> Any:
 
 @bound(lambda tensor: True)
 def _hooks() -> Any:
-    """`tensor._backward_hooks` has the hooks of Tensor.register_hook. Missing: every weight counts as hooked."""
+    """`tensor._backward_hooks` holds the hooks of Tensor.register_hook. Missing: every weight counts as hooked."""
     return _look_up_hooks("_backward_hooks", Tensor.register_hook)
 
 
 @bound(lambda tensor: True)
 def _post_hooks() -> Any:
-    """`tensor._post_accumulate_grad_hooks` has those of register_post_accumulate_grad_hook. Missing: likewise."""
+    """`tensor._post_accumulate_grad_hooks` holds the hooks of register_post_accumulate_grad_hook.
+
+    Missing: every weight counts as hooked.
+    """
     return _look_up_hooks("_post_accumulate_grad_hooks", Tensor.register_post_accumulate_grad_hook)
 
 
 def _expect_refusal(function: Callable[[Any], Any], argument: Any) -> None:
-    """Check that `function` takes `argument`, without a backward pass, which would start the engine's threads."""
+    """Check that `function` takes `argument`. A backward pass would start the engine's threads, so run none."""
     try:
         function(argument)
-    except RuntimeError:  # outside of a backward pass
+    except RuntimeError:  # expected outside of a backward pass
         return
 
 
@@ -98,8 +101,8 @@ def _expect_refusal(function: Callable[[Any], Any], argument: Any) -> None:
 def _queue_callback() -> Any:
     """`_execution_engine.queue_callback(f)` calls f once, in this thread, when the running backward pass has finished.
 
-    What f queues itself runs after all that the pass has queued before. DDP and FSDP2 rely on it. Missing: gradients
-    are returned.
+    A callback that f queues runs after all callbacks that the pass has queued. DDP and FSDP2 rely on this. Missing:
+    backward returns gradients.
     """
     queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
     _expect_refusal(queue, lambda: None)
@@ -110,8 +113,8 @@ def _queue_callback() -> Any:
 def _will_execute() -> Any:
     """`torch._C._will_engine_execute_node(node)` tells whether the running backward pass will execute a node.
 
-    It raises RuntimeError under torch.autograd.grad, which wants the gradients for itself. PyTorch's multi-grad hooks
-    rely on it. Missing: gradients are returned.
+    It raises RuntimeError under torch.autograd.grad, which returns gradients to its caller. PyTorch's multi-grad hooks
+    rely on it. Missing: backward returns gradients.
     """
     _expect_refusal(torch._C._will_engine_execute_node, example(1).requires_grad_().clone().grad_fn)
     return torch._C._will_engine_execute_node
@@ -121,23 +124,23 @@ _CAN_WRITE_GRADIENTS = HAS_VERSIONS and None not in (_queue_callback, _will_exec
 
 
 def must_return_gradients(is_sharded: bool) -> bool:
-    """Return whether backward passes must not write gradients themselves here, whatever the weights are."""
-    # DDP and its kin reduce gradients in hooks of C++ that nothing in Python shows; if ranks scale their losses
-    # differently, only what passes through those hooks is averaged. Not so of DTensors: FSDP2 sets their .grad by
-    # itself, on a stream that is safe to follow only when the backward pass is over.
+    """Return whether backward passes must return gradients here, whatever the weights are."""
+    # DDP averages gradients in C++ hooks that Python cannot see, and a gradient that is written into .grad bypasses
+    # them. DTensors have no such hooks: FSDP2 sets their .grad itself, on a stream that is safe to follow only after
+    # the backward pass.
     if not _CAN_WRITE_GRADIENTS or (not is_sharded and _HAS_DISTRIBUTED and torch.distributed.is_initialized()):
         return True
     return _is_watched()
 
 
 def are_hooked(weights: Sequence[Tensor]) -> bool:
-    """Return whether hooks of the weights would see their gradients."""
-    # One pass in C for each attribute is twice as fast as one loop in Python over the weights.
+    """Return whether any weight has a hook that would see its gradient."""
+    # One pass in C per attribute is twice as fast as one loop in Python over the weights.
     return any(map(_hooks, weights)) or any(map(_post_hooks, weights))
 
 
 def only_accumulates(node: Any, n_weights: int) -> bool:
-    """Return whether the running pass only adds each of the last `n_weights` gradients of `node` to a .grad."""
+    """Return whether the running backward pass only adds the last `n_weights` gradients of `node` to .grad."""
     if _is_watched():
         return False
     try:
@@ -145,21 +148,22 @@ def only_accumulates(node: Any, n_weights: int) -> bool:
             handle = node.register_hook(lambda inputs, outputs: None)
             hooks = handle.hooks_dict_ref()
             handle.remove()
-            if hooks:  # registered by others, who will see what the node returns
+            if hooks:  # these would see the returned gradients
                 return False
         nodes = [each for each, _ in node.next_functions[-n_weights:]]
-        # Whoever holds an AccumulateGrad node does so to hook it; to ask all of them for their hooks takes too long.
+        # A reference to an AccumulateGrad node from elsewhere suggests a hook. Asking every node for hooks is too slow.
         if set(map(type, nodes)) != {_ACCUMULATE_GRAD} or max(map(sys.getrefcount, nodes)) > _UNSHARED:
             return False
         return all(map(_will_execute, nodes))
-    except (RuntimeError, AttributeError):  # torch.autograd.grad; a name that is missing
+    except (RuntimeError, AttributeError):  # under torch.autograd.grad, or where a name is missing
         return False
 
 
 def _is_watched() -> bool:
-    """Return whether anomaly mode or compiled autograd looks at what nodes return.
+    """Return whether anomaly mode or compiled autograd inspects the gradients that nodes return.
 
-    `torch._dynamo.compiled_autograd.compiled_autograd_enabled` tells the latter. Missing: once imported, it is active.
+    `torch._dynamo.compiled_autograd.compiled_autograd_enabled` tells whether compiled autograd is active. Missing: it
+    counts as active once its module is imported.
     """
     compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
     is_compiled = compiled_autograd is not None and getattr(compiled_autograd, "compiled_autograd_enabled", True)
@@ -169,7 +173,7 @@ def _is_watched() -> bool:
 def run_after_backward(callback: Callable[[], None], device: torch.device, tensors: Sequence[object]) -> None:
     """Call `callback` when the running backward pass has finished.
 
-    It may run on another stream of `device` than the current one, and waits there until `tensors` are computed.
+    If the callback runs on another stream of `device`, that stream first waits until `tensors` are computed.
     """
     producer: Any = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
@@ -182,13 +186,13 @@ def run_after_backward(callback: Callable[[], None], device: torch.device, tenso
                     tensor.record_stream(consumer)
         callback()
 
-    # Queued from a callback, it comes after those that this backward pass still queues, such as FSDP2's last one.
+    # A callback queued by a callback runs after all that this backward pass still queues, such as FSDP2's last one.
     _queue_callback(functools.partial(_queue_callback, run))
 
 
 with torch.inference_mode(False), torch.enable_grad():
     _GRAPH: Any = torch.zeros((), device="cpu", requires_grad=True).clone()
-# An AccumulateGrad node that only the graph holds has `_UNSHARED` references; its hooks get None (docs/threads.md).
+# Without a reference from elsewhere, hooks of an AccumulateGrad node are not noticed, and get None (docs/threads.md).
 _ACCUMULATE_GRAD = type(_GRAPH.grad_fn.next_functions[0][0])
-# As counted in `only_accumulates`: PyTorch versions differ in how many references are their own.
+# References to a node that only the graph holds, counted as in `only_accumulates`: PyTorch versions hold more or fewer.
 _UNSHARED = max(map(sys.getrefcount, [each for each, _ in _GRAPH.grad_fn.next_functions]))

@@ -1,9 +1,9 @@
-"""The penalty as an autograd Function, and how its gradient reaches .grad.
+"""The penalty as an autograd Function, and the two ways in which its gradient reaches .grad.
 
-Where autograd would do nothing with the gradient but add it to .grad, the backward pass returns none and queues one
-sweep that adds it in place: no model-sized buffer, no launch per tensor. Where autograd or anybody else has to see the
-gradient, value and gradient are formed in one pass and returned like any other. Both form the same bits; only the order
-in which .grad receives them and the data's gradient may differ.
+If autograd would only add the gradient to .grad, backward returns None and queues one sweep that adds the gradient in
+place after the backward pass. This needs no model-sized buffer and no launch per tensor. If autograd, a hook or the
+caller must see the gradient, forward computes value and gradient in one pass, and backward returns the gradient. Both
+ways give the same bits. Only the order in which .grad receives the gradients of the penalty and of the data may differ.
 """
 
 import itertools
@@ -35,16 +35,16 @@ from fastreg.sweep.gradient import add_gradient
 
 _TWICE = (
     "this penalty is attached to an optimizer, which applies it at every step, and is also part of a loss: it counts "
-    "twice; leave it out of the loss (reg.last has its value), or remove() the attachment"
+    "twice; leave it out of the loss (reg.last has its value), or call remove() on the attachment"
 )
-_FIRST = 2  # the place of the first strength among the inputs of the Function; weights follow the strengths
-with torch.inference_mode(False):  # fastreg may be imported in inference mode, and is used outside of it
+_FIRST = 2  # index of the first strength among the inputs of the Function; the weights follow the strengths
+with torch.inference_mode(False):  # an import may be in inference mode, and save_for_backward takes no inference tensor
     _NOTHING = torch.empty(0, device="cpu")
 _IS_LEAF = operator.attrgetter("is_leaf")
 
 
 def compute_penalty(work: Work, want: Want) -> Any:
-    """The penalty, differentiable in weights and strengths where grad mode is on: the total, or all terms."""
+    """Return the penalty, the total or all terms, differentiable in weights and strengths if grad mode is on."""
     if torch.is_grad_enabled() and not work.is_traced:
         values = apply(PenaltyFunction, work, want, *work.penalty.strengths, *work.weights)
         return values[0] if want is Want.TOTAL else work.penalty.RESULT(*values)
@@ -53,15 +53,15 @@ def compute_penalty(work: Work, want: Want) -> Any:
 
 
 class PenaltyFunction(torch.autograd.Function):
-    """The total, then the weighted terms if they are wanted, each 0-dim."""
+    """Return the total, then the weighted terms if they are wanted; all are 0-dim."""
 
     @staticmethod
     def forward(ctx: Any, work: Work, want: Want, *inputs: Any) -> tuple[Tensor, ...]:
         strengths, weights = work.penalty.strengths, work.weights
         first_weight = _FIRST + len(strengths)
         ctx.set_materialize_grads(False)
-        # Leaves, which the graph keeps anyway, stay out of save_for_backward: its hooks would move a copy of the model
-        # to wherever activations go. Other tensors go through save_for_backward alone, to be freed after backward.
+        # Leaves stay out of save_for_backward: the graph keeps them anyway, and saved-tensor hooks would offload a copy
+        # of the model. Other tensors are kept by save_for_backward alone, so that backward frees them.
         saved = [s for s in strengths if isinstance(s, Tensor)]
         ctx.has_tensors = bool(saved)
         ctx.is_leaf, ctx.leaves = None, weights
@@ -71,7 +71,7 @@ class PenaltyFunction(torch.autograd.Function):
         if not work.are_leaves:
             ctx.is_leaf, ctx.leaves = is_leaf, list(itertools.compress(weights, is_leaf))
             saved += [w for w in weights if not w.is_leaf]
-        if not HAS_VERSIONS:  # autograd has to notice changes in place
+        if not HAS_VERSIONS:  # autograd then detects in-place changes
             saved += ctx.leaves
         ctx.work = work._replace(weights=(), penalty=_without_tensors(work.penalty)) if saved else work
         ctx.state = WeightState(ctx.leaves, work.is_sharded, work.layout if work.are_leaves else None)
@@ -82,7 +82,7 @@ class PenaltyFunction(torch.autograd.Function):
             mode, ctx.gradients = Mode.GRADIENT, _empty_gradients(weights)
         measured: Any = sweep(work, Request(mode, want, ctx.gradients))
         needs_sums = work.is_sharded or any(needed[_FIRST:first_weight])
-        # Saving something is also what makes a second backward through a freed graph fail as it should.
+        # A saved tensor also makes a second backward through a freed graph raise an error.
         ctx.save_for_backward(measured.sums(work.n_groups) if needs_sums else _NOTHING, *saved)
         return (measured.total,) if want is Want.TOTAL else (measured.total, *measured.terms)
 
@@ -130,16 +130,16 @@ note_hooks(PenaltyFunction)
 
 
 def _expects_hooks(work: Work) -> bool:
-    """Whether hooks will probably want to see the gradients, which are then formed with the value."""
-    # They come and go seldom: what the last backward pass found saves asking every weight twice.
-    known = None if work.layout is None else work.layout.notes.were_hooked
-    return are_hooked(work.weights) if known is None else known
+    """Return whether hooks will probably see the gradients. Forward then computes them with the value."""
+    # Hooks seldom change. The answer of the last backward pass saves asking every weight twice.
+    were_hooked = None if work.layout is None else work.layout.notes.were_hooked
+    return are_hooked(work.weights) if were_hooked is None else were_hooked
 
 
 def _write_after_backward(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> None:
-    """Add the weights' gradients to .grad once the running backward pass has finished."""
+    """Add the weights' gradients to .grad when the running backward pass has finished."""
     if ctx.has_tensors:
-        # By then an optimizer of the strengths may have stepped in a hook.
+        # Before the write, a hook may step an optimizer that changes the strengths in place.
         clones = [s.clone() if isinstance(s, Tensor) else s for s in work.penalty.strengths]
         work = work._replace(penalty=type(work.penalty)(clones))
     state: WeightState = ctx.state
@@ -148,7 +148,7 @@ def _write_after_backward(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> 
         layout = state.check(work.weights)
         now = work if layout is work.layout else work._replace(layout=layout)
         if layout is None:
-            # Autograd, too, leaves weights alone that were frozen since the forward pass.
+            # Like autograd, skip weights that were frozen after the forward pass.
             now = now.subset([w.requires_grad for w in now.weights])
         if now.weights:
             add_gradient(now, Want.NOTHING, scale, any_dtype=True)
@@ -157,19 +157,19 @@ def _write_after_backward(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> 
 
 
 def _gradients(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> list[Tensor | None]:
-    """The gradients to return: those of the forward pass, corrected if the upstream gradient is not 1, or new ones."""
+    """Return the gradients of the forward pass, rescaled if the upstream gradient is not 1, or new gradients."""
     weights, penalty = work.weights, work.penalty
-    # By name: torch.autograd.grad(is_grads_batched=True) uses a kind of batching whose key Python cannot name.
+    # Compare the name: Python has no object for the batching key of torch.autograd.grad(is_grads_batched=True).
     if any(isinstance(factor, Tensor) and "Batched" in str(dispatch_keys(factor)) for factor in scale):
-        # Many upstream gradients at once, which only expressions can follow.
+        # Only expressions can be batched over upstream gradients.
         pairs = zip(local_shards(weights), work.groups, strict=True)
         grads = as_dtensors([gradient_of_segments(w, g, penalty, scale) for w, g in pairs], weights)
     else:
         grads, mode = ctx.gradients, Mode.RESCALE
         if grads is None or not all(isinstance(factor, Tensor) for factor in scale):
             grads, mode = _empty_gradients(weights), Mode.GRADIENT
-        ctx.gradients = None  # autograd may keep these as .grad and add to them: they serve one backward only
-        # Asked anew: a transform may look on in backward that did not in forward.
+        ctx.gradients = None  # use them in one backward only: autograd may keep them as .grad and add to them
+        # Check again: a transform may be active in backward but not in forward.
         now = work._replace(is_traced=is_traced_now())
         sweep(now, Request(mode, Want.NOTHING, grads, scale))
     needed = ctx.needs_input_grad[_FIRST + len(scale) :]
@@ -177,7 +177,7 @@ def _gradients(ctx: Any, work: Work, scale: tuple[Strength, ...]) -> list[Tensor
 
 
 def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialized gradients, each a tensor of its own, with the strides that autograd would give them."""
+    """Return uninitialized gradients, separate tensors with the strides that autograd would give them."""
     with no_subclass():
         parts = [
             torch.empty_like(w, memory_format=torch.preserve_format if is_dense(w) else torch.contiguous_format)
@@ -187,17 +187,15 @@ def _empty_gradients(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _differentiable_backward(
-    ctx: Any, work: Work, of_all_ranks: Tensor, scale: tuple[Strength, ...]
+    ctx: Any, work: Work, global_sums: Tensor, scale: tuple[Strength, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The backward pass as a graph of its own, for create_graph=True."""
+    """Compute the gradients as a differentiable graph, for create_graph=True."""
     weights, penalty = work.weights, work.penalty
     visible: list[Any] = [w.to_local() if is_dtensor(w) else w for w in weights]  # type: ignore[attr-defined]
     sums = sums_of_groups(visible, work.groups, work.n_groups, penalty)
     if work.is_sharded:
-        # The sums of all ranks, with the derivatives of this rank's; an infinite one has none.
-        sums = torch.where(
-            of_all_ranks.isfinite() & sums.isfinite(), sums + (of_all_ranks - sums).detach(), of_all_ranks
-        )
+        # The values of all ranks' sums with the derivatives of this rank's sums. An infinite sum has no derivative.
+        sums = torch.where(global_sums.isfinite() & sums.isfinite(), sums + (global_sums - sums).detach(), global_sums)
     terms: Any = penalty.weighted(sums, sums.dtype).terms
     inputs: list[Any] = [*penalty.strengths, *weights]
     wanted = [i for i, needed in enumerate(ctx.needs_input_grad[_FIRST:]) if needed]
@@ -214,7 +212,7 @@ def _without_tensors(penalty: Any) -> Any:
 
 
 def _scale(upstream: Sequence[Tensor | None], n_terms: int) -> tuple[Strength, ...] | None:
-    """The upstream gradient of each term, if there is any; that of the total counts for all of them."""
+    """Return the upstream gradient of each term, or None if there is none. Add the total's gradient to every term."""
     if len(upstream) == 1:
         return None if upstream[0] is None else (upstream[0],) * n_terms
     total, *terms = upstream

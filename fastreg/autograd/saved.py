@@ -1,4 +1,4 @@
-"""Whether weights were changed between forward and backward."""
+"""Detect weights that were changed between forward and backward."""
 
 import operator
 import weakref
@@ -14,27 +14,27 @@ _SHAPE = operator.attrgetter("shape")
 
 
 class WeightState:
-    """The address and the shape of each weight, and how often it was changed in place.
+    """The address, shape and version counter of each weight.
 
-    The shard of a DTensor is compared as a tensor of its own. That FSDP2 replaces the shard object is no change.
+    A DTensor is compared by its shard. A new shard object is no change: FSDP2 replaces shards.
     """
 
     def __init__(self, weights: Sequence[Tensor], is_sharded: bool, layout: Layout | None) -> None:
-        """If the weights' `layout` is known, only their versions are kept."""
+        """Record the state. If the weights' `layout` is known, record versions only."""
         self._layout = None if is_sharded else layout
         self._facts = _facts(weights, self._layout)
         shards = [(i, local_shard(w)) for i, w in enumerate(weights) if is_dtensor(w)] if is_sharded else ()
         self._shards = [(i, weakref.ref(shard), _facts([shard], None)) for i, shard in shards]
 
     def check(self, weights: Sequence[Tensor]) -> Layout | None:
-        """Return the layout of the same weights, if it is known and still valid.
+        """Return the layout of the weights if it is known and still valid.
 
-        Raise RuntimeError if one of them was changed since, in place or by assigning `.data`.
+        Raise RuntimeError if a weight was changed after the forward pass, in place or by assigning `.data`.
         """
         layout = self._layout
         changed = _facts(weights, layout) != self._facts
         if layout is not None and not layout.guards_match(weights):
-            # Not a change by itself: backward may run under autocast, or after a weight was frozen.
+            # Guards also fail without a change: under autocast, or after a weight was frozen.
             changed |= not layout.same_memory(weights)
             layout = None
         for i, shard, facts in self._shards:
@@ -54,5 +54,5 @@ def _facts(weights: Sequence[Tensor], layout: Layout | None) -> list[object]:
         if layout is not None:
             return list(map(version, weights))
         return [*map(version, weights), *map(Tensor.data_ptr, weights), *map(_SHAPE, weights)]
-    except RuntimeError:  # an inference tensor, a DTensor
+    except RuntimeError:  # an inference tensor has no version, and a DTensor has no address
         return [(0 if w.is_inference() else version(w), 0 if is_dtensor(w) else w.data_ptr(), w.shape) for w in weights]

@@ -1,4 +1,4 @@
-"""The PyTorch path: a sweep block by block, through scratch memory that stays in cache."""
+"""The PyTorch path: a sweep block by block, in scratch memory that stays in cache."""
 
 from fastreg.blocks.sweep import block_sweep
 

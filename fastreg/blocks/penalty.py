@@ -1,4 +1,4 @@
-"""The arithmetic of the PyTorch path on a block of weights, in scratch memory that stays in cache."""
+"""The arithmetic of the penalty on a block of weights, in scratch memory that stays in cache."""
 
 import functools
 import struct
@@ -19,12 +19,11 @@ _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)
 _softshrink = torch.ops.aten.softshrink.out
 _PLAIN_SGD: Any = {"weight_decay": 0.0, "lr": -1.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
-
 Pieces: TypeAlias = Sequence[Tensor]
 
 
 class BlockOps:
-    """Operations on the blocks of weights of one dtype on one device, whose scratch memory is `memory`."""
+    """Operations on blocks of weights of one dtype on one device, with scratch memory from `memory`."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, memory: Memory) -> None:
         self._dtype = dtype
@@ -35,7 +34,7 @@ class BlockOps:
         self._on_host = device.type == "cpu"
 
     def sums(self, block: Block, weights: Pieces) -> tuple[Tensor, Tensor]:
-        """Sums of |w| and w². float32 sums lose the promised digits on repeated or badly scaled values."""
+        """Return Σ|w| and Σw². float32 sums would lose the promised digits on repeated or badly scaled values."""
         pieces = [weights[i] for i in block.pieces]
         wide, parts = self._memory.pack("wide", self._accumulate, shapes_of(pieces))
         w = wide
@@ -47,7 +46,7 @@ class BlockOps:
         return torch.abs(w, out=wide).sum(), square_sum
 
     def update(self, mode: Mode, block: Block, weights: Pieces, targets: Pieces, l1: Strength, l2: Strength) -> None:
-        """Does to the block of `targets`, gradients or in PROX weights, what `mode` asks for."""
+        """Apply `mode` to a block of `targets`: the weights in PROX, gradients in the other modes."""
         inputs = [weights[i] for i in block.in_place]
         if block.packed:
             pieces = [weights[i] for i in block.packed]
@@ -72,17 +71,17 @@ class BlockOps:
         if mode is not Mode.ACCUMULATE:
             copy_pieces(copies, parts)
         else:
-            # Rounded to the storage dtype before the addition: autograd's order, so that its bits are ours.
+            # Round to the storage dtype before the addition, as autograd does, for the same bits.
             same = self._dtype == self._compute
             foreach_add_(copies, parts if same else [part.to(self._dtype) for part in parts])
 
     def gradient(self, w: Tensor, l1: Strength, l2: Strength, sign: Tensor, out: Tensor) -> Tensor:
-        """l1 * sign(w) + 2 * l2 * w, rounded once if the strengths are floats, as in the kernel.
+        """Write l1 * sign(w) + 2 * l2 * w to `out`, rounded once if the strengths are floats, as in the kernel.
 
-        `sign` is overwritten; `out` may be `sign` or `w`.
+        Overwrite `sign`. `out` may be `sign` or `w`.
         """
         if self._is_factor(l1) and l1 == 0:
-            sign.zero_()  # and not -0.0 where w is negative
+            sign.zero_()  # a product would be -0.0 where w is negative
         else:
             torch.sign(w, out=sign).mul_(self._operand(l1))
             if not self._is_factor(l1):
@@ -93,10 +92,10 @@ class BlockOps:
         return torch.addcmul(sign, w, torch.as_tensor(slope, device=w.device), out=out)
 
     def _add_in_one_pass(self, grad: Tensor, w: Tensor, l1: Strength, slope: Strength, sign: Tensor) -> bool:
-        """Adds l1 * sign(w) + slope * w by way of a fused optimizer, if that gives the same bits.
+        """Add l1 * sign(w) + slope * w with PyTorch's fused SGD. Return False and add nothing if the bits would differ.
 
-        A step of SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts
-        lr * buffer. With sign(w) as the buffer and w in the gradient's place, that buffer is the penalty's gradient.
+        SGD with momentum sets `buffer = momentum * buffer + (1 - dampening) * gradient` and subtracts lr * buffer. With
+        sign(w) as the buffer and w as the gradient, the new buffer is the penalty's gradient.
         """
         if not (fused_sgd_ is not None and self._on_host and self._is_factor(l1) and self._is_factor(slope)):
             return False
@@ -107,48 +106,48 @@ class BlockOps:
         return True
 
     def prox(self, w: Tensor, l1: Strength, l2: Strength, spare: Tensor) -> None:
-        """sign(w) * max(|w| - l1, 0) * (1 / (1 + 2 * l2)), in place of `w`; `spare` is overwritten."""
-        shrinkage = 1 / (1 + 2 * l2)  # once, in float64
+        """Replace `w` by sign(w) * max(|w| - l1, 0) * (1 / (1 + 2 * l2)). Overwrite `spare`."""
+        shrinkage = 1 / (1 + 2 * l2)  # in float64
         if self._on_host and self._is_factor(l1) and l1 >= 0 and self._is_factor(shrinkage):
             _softshrink(w, l1, out=w)
-            # Added to 0, as it leaves zeros of either sign.
+            # softshrink may return -0.0; the addition to 0 makes it 0.0.
             torch.add(self._memory.number(0.0, self._compute), w, alpha=shrinkage, out=w)
             return
         torch.sign(w, out=spare)
         w.abs_()
-        # Before the arithmetic, whose inf - inf is NaN where the threshold is infinite; NaN is not below anything.
+        # Compare before the subtraction, where inf - inf would be NaN. A NaN weight compares as false and stays NaN.
         dropped = torch.le(w, l1)
         w.sub_(l1).mul_(spare).masked_fill_(dropped, 0.0)
         w.mul_(shrinkage)
 
     def _operand(self, number: Strength) -> Strength:
-        """As a tensor: of a float, operators make a float64 tensor first, and convert that to their dtype."""
+        """Return a float as a cached tensor, because operators would convert the float to a tensor at every call."""
         is_number = self._on_host and self._is_factor(number)
         return self._memory.number(number, self._compute) if is_number else number  # type: ignore[arg-type]
 
     def _is_factor(self, strength: Strength) -> TypeGuard[float]:
-        """Whether operators take it as a number: they refuse one that overflows their dtype."""
+        """Return whether operators take the strength as a number: they raise an error if it overflows their dtype."""
         return isinstance(strength, float) and abs(strength) <= self._limits.max
 
 
 @functools.lru_cache
 def _fits_fused_sgd(l1: float, slope: float, dtype: torch.dtype) -> bool:
-    """Whether a momentum of `l1` and a dampening of 1 - slope say the same to operators of `dtype`."""
+    """Return whether SGD of `dtype` with momentum `l1` and dampening 1 - slope has the exact factors l1 and slope."""
 
     def rounded(number: float) -> float:
         return number if dtype == torch.float64 else float(struct.unpack("f", struct.pack("f", number))[0])
 
-    # A momentum of 0 turns the buffer off, and 1 - (1 - slope) loses digits of a small slope.
+    # A momentum of 0 turns the buffer off. 1 - (1 - slope) loses digits of a small slope.
     return l1 != 0 and rounded(1 - (1 - slope)) == rounded(slope)
 
 
 def shapes_of(pieces: Pieces) -> tuple[torch.Size, ...]:
-    """As a key for scratch memory."""
+    """Return the shapes of the pieces, as a key for scratch memory."""
     return tuple([piece.shape for piece in pieces])
 
 
 def copy_pieces(targets: Pieces, sources: Pieces) -> None:
-    """Each source to its target, in one operator call."""
+    """Copy each source to its target, in one operator call."""
     if len(targets) == 1:
         targets[0].copy_(sources[0])
     else:

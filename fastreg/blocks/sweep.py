@@ -1,4 +1,4 @@
-"""The PyTorch path: a sweep block by block, through scratch memory that stays in cache."""
+"""The PyTorch path: a sweep block by block, in scratch memory that stays in cache."""
 
 import array
 import math
@@ -23,7 +23,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def block_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure | None:
-    """One sweep over the parts of one device.
+    """Make one sweep over the parts of one device.
 
     The weights are dense, gradients and states have the strides of their weights, and strengths and scale are on the
     device of the parts.
@@ -40,13 +40,13 @@ def block_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure 
     # Under a TorchDispatchMode, use no cached tensors and keep strengths as tensors.
     is_plain = on_host and not is_under_a_mode()
     scale = request.scale or (1.0,) * len(penalty.strengths)
-    # Only host memory can be read here: elsewhere the comparison would wait for the device.
+    # Compare in host memory only: elsewhere the comparison would wait for the device.
     if mode is Mode.RESCALE and on_host and all(isinstance(s, Tensor) and s.item() == 1 for s in scale):
         return None
     strengths: list[Sequence[Any]] = []
     scaled = strengths
     if on_host and (is_plain or mode is not Mode.VALUE):
-        # Floats save a pass over every block, and in host memory there is nothing to wait for.
+        # Floats save a pass over every block, and reading them from host memory needs no wait.
         if work.n_groups == 1 and set(map(type, penalty.strengths)) == {float}:
             strengths = [penalty.strengths]
         else:
@@ -89,7 +89,7 @@ def _measure_on_host(
     device: torch.device,
     want: Want,
 ) -> Measure:
-    """`BasePenalty.weighted` in Python's float64: an operator call would take longer than its work."""
+    """Compute `BasePenalty.weighted` in Python floats: on so few numbers, operator calls take longer."""
     memory = array.array("d")
     terms = [0.0] * len(strengths[0])
     for of_group, own in zip(sums, strengths, strict=True):
@@ -100,7 +100,7 @@ def _measure_on_host(
         memory.extend(totals)
     values = [sum(terms), *terms]
     if not values[0] <= _FLOAT32_MAX:
-        # scalar_tensor refuses what overflows its dtype.
+        # scalar_tensor raises an error for a number that overflows its dtype.
         most = torch.finfo(dtype).max
         values = [math.inf if x > most else x for x in values]
     if want is Want.TOTAL:
@@ -110,7 +110,7 @@ def _measure_on_host(
 
 
 def _floats(strength: Any, n_groups: int) -> list[float]:
-    """A strength in host memory for each group, or one of all groups for each of them."""
+    """Return a strength in host memory as one float per group."""
     if isinstance(strength, Tensor):
         strength = strength.tolist() if strength.ndim else strength.item()
     return strength if isinstance(strength, list) else [strength] * n_groups

@@ -1,4 +1,4 @@
-"""Every sweep starts here: one of three functions makes it, and memory is checked before the first write."""
+"""Entry points of every sweep. They check memory before the first write and dispatch to one of three functions."""
 
 from fastreg.sweep.dispatch import is_traced_now, sweep
 from fastreg.sweep.gradient import add_gradient

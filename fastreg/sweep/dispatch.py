@@ -1,4 +1,4 @@
-"""The dispatch: every sweep of the library goes one of three ways."""
+"""Dispatch every sweep to one of three functions: traced, sharded or local."""
 
 import torch
 
@@ -11,16 +11,19 @@ from fastreg.sweep.traced import traced_sweep
 
 
 def is_traced_now() -> bool:
-    """Whether a compiler or a torch.func transform has to see what is computed. Ask once per call: `Work.is_traced`."""
+    """Return whether a compiler or a torch.func transform must see the computation.
+
+    Ask once per call and keep the answer in `Work.is_traced`.
+    """
     return torch.compiler.is_compiling() or is_transformed()
 
 
 def sweep(work: Work, request: Request) -> Measure | None:
     """Visit every element of `work.weights` once and do what `request` says. Return the value if it is wanted.
 
-    traced_sweep: a compiler or a torch.func transform has to see what is computed.
+    traced_sweep: a compiler or a torch.func transform must see the computation.
     sharded_sweep: some weights are DTensors, and each rank visits its own shards.
-    local_sweep: everything else. The other two call it in the end, unless they are traced as plain expressions.
+    local_sweep: all other cases. The other two functions call it, except where plain expressions are traced.
     """
     if work.is_traced:
         return traced_sweep(work, request)

@@ -1,4 +1,4 @@
-"""The gradient into .grad, in memory that is checked before the first write."""
+"""Add the gradient to .grad. All memory is checked before the first write."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from fastreg.sweep.local import local_sweep
 def add_gradient(
     work: Work, want: Want = Want.TERMS, scale: Scale = None, *, any_dtype: bool = False
 ) -> Measure | None:
-    """Add the penalty's gradient to .grad, which is created where it is None, in one sweep.
+    """Add the penalty's gradient to .grad in one sweep. Create .grad where it is None.
 
-    Raise TypeError, ValueError or RuntimeError, before anything is written, for a .grad of another dtype, device or
-    shape than its weight, or that cannot be changed in place. With `any_dtype` a .grad may have another dtype, as
+    Raise TypeError, ValueError or RuntimeError before the first write if a .grad differs from its weight in dtype,
+    device or shape, or cannot be changed in place. With `any_dtype`, accept a .grad of another dtype, as
     `Tensor.grad_dtype` allows.
     """
     grads: list[Any] = [w.grad for w in work.weights]
@@ -30,7 +30,7 @@ def add_gradient(
         return measured
     if any_dtype:
         grads = [None if _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
-    elif not torch.compiler.is_compiling():  # compilers cannot be asked for a weight's grad_dtype
+    elif not torch.compiler.is_compiling():  # compilers do not know grad_dtype
         _check_first_gradients(work)
     grads = list(map(_usable_gradient, work.weights, grads, work.names))
     measured = sweep(work, Request(Mode.ACCUMULATE, want, grads, scale))
@@ -44,7 +44,7 @@ def add_gradient(
 
 
 def _usable_gradient(weight: Tensor, grad: Tensor | None, name: str) -> Tensor:
-    """`grad` as a dense tensor of the weight's dtype to add to: zeros where there is none yet."""
+    """Return `grad` as a dense tensor of the weight's dtype, or zeros if it is None."""
     if not is_dtensor(weight):
         return _usable_part(grad, weight, name)
     grad = None if grad is None else as_placed(grad, weight)
@@ -54,7 +54,7 @@ def _usable_gradient(weight: Tensor, grad: Tensor | None, name: str) -> Tensor:
 
 
 def _has_own_dtype(weight: Any) -> bool:
-    """Whether the gradient of `weight` has another dtype, or is to have one."""
+    """Return whether the gradient of `weight` has, or will have, another dtype than the weight."""
     dtype = getattr(weight, "grad_dtype", None) if weight.grad is None else weight.grad.dtype
     return dtype is not None and dtype != weight.dtype
 
@@ -79,9 +79,9 @@ def _store_gradient(weight: Any, grad: Tensor) -> None:
 
 def _usable_part(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
     if grad is None:
-        # The strides that autograd would give it (its layout contract, in accumulate_grad.h).
+        # Use the strides that autograd would choose (layout contract in accumulate_grad.h).
         layout = torch.preserve_format if is_dense(weight) else torch.contiguous_format
-        # -0.0 + x is exactly x, also for x = -0.0. Backward passes outside of inference mode will add to it, too.
+        # -0.0 + x is exactly x, also for x = -0.0. Backward passes outside of inference mode may add to it later.
         with torch.inference_mode(False):
             return torch.full_like(weight, -0.0, memory_format=layout, requires_grad=False)
     what = f"the .grad of parameter {name!r}"
@@ -95,6 +95,6 @@ def _usable_part(grad: Tensor | None, weight: Tensor, name: str) -> Tensor:
             f"{what} has shape {tuple(grad.shape)} but the weight has {tuple(weight.shape)}; set it to None"
         )
     if grad.layout != torch.strided:
-        return grad.to_dense()  # as autograd leaves it, when a dense gradient follows a sparse one
+        return grad.to_dense()  # as autograd does when it adds a dense gradient to a sparse one
     check_writable(grad, what)
     return grad

@@ -1,4 +1,4 @@
-"""Whether a tensor can be changed in place, and telling graphs that it was."""
+"""Check that tensors can be changed in place, and mark them as changed."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from fastreg.core.types import Work
 
 
 def mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
-    """Lets graphs that saved one of them notice that it was changed; of a DTensor, also those that saved its part."""
+    """Increment the version counters of tensors and shards, so that graphs that saved them detect the change."""
     if torch.compiler.is_compiling():
         return
     torch.autograd.graph.increment_version(tensors)
@@ -19,9 +19,9 @@ def mark_changed(work: Work, tensors: Sequence[Tensor]) -> None:
 
 
 def check_writable(tensor: Tensor, what: str) -> None:
-    """Raises where `tensor`, called `what`, cannot be changed in place."""
+    """Raise ValueError or RuntimeError if `tensor` cannot be changed in place. Errors call it `what`."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{what} is expanded: its elements share memory; pass the tensor it views, or a clone()")
-    # A compiler that traces this has no such tensors, and cannot ask.
+    # Compilers have no inference tensors and do not know is_inference().
     if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{what} was made in inference mode, and can be changed only there")
+        raise RuntimeError(f"{what} was created in inference mode and can be changed only there")

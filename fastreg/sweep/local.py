@@ -1,4 +1,4 @@
-"""A sweep over weights in this process's memory: their layout, copies where memory has gaps, and Triton or PyTorch."""
+"""Sweep over weights in this process's memory: find a layout, copy tensors with gaps, call Triton or PyTorch."""
 
 import functools
 import itertools
@@ -19,10 +19,10 @@ from fastreg.core.types import Mode, Request, Want, Work
 
 
 def local_sweep(work: Work, request: Request) -> Measure | None:
-    """Sweep over `work.weights`, which are plain tensors of any strides. To be called under no_grad.
+    """Sweep over `work.weights`, plain tensors of any strides. Call it under no_grad.
 
-    Raise TypeError for a weight that changed its kind since it was selected, and RuntimeError for impl="triton" where
-    it cannot run.
+    Raise TypeError for a weight that is no longer a supported tensor, and RuntimeError for impl="triton" where it
+    cannot run.
     """
     dense, staged = work, request
     if work.layout is None:
@@ -30,10 +30,10 @@ def local_sweep(work: Work, request: Request) -> Measure | None:
     layout: Any = dense.layout
     if not request.are_checked:
         staged = _staged(dense, request)
-    # All decided before the first write, so that an error leaves everything as it was.
+    # Choose all backends before the first write, so that an error changes nothing.
     backends = list(map(backend_for, layout.parts, itertools.repeat(work.impl)))
     measures: list[Measure | None] = []
-    # Tensor subclasses that merely mark their tensors would mark the value too.
+    # Otherwise the value would take the tensor subclass of a weight.
     with no_subclass():
         for backend, (device, parts) in zip(backends, layout.parts.items(), strict=True):
             if len(backends) == 1:
@@ -47,14 +47,14 @@ def local_sweep(work: Work, request: Request) -> Measure | None:
         _copy_back(_written(staged), _written(request))
     if request.want is Want.NOTHING or len(measures) == 1:
         return measures[0]
-    # From the float64 sums of all devices, so that nothing is rounded twice.
+    # Add the float64 sums of all devices, so that the value is rounded once.
     first = next(iter(layout.parts))
     sums = torch.stack([m.sums(work.n_groups).to(first) for m in measures if m is not None]).sum(0)
     return work.penalty.on(first).weighted(sums, layout.value_dtype)
 
 
 def _with_layout(work: Work) -> Work:
-    """The work with a layout, of copies of those weights that are not dense."""
+    """Return the work with a layout. Replace weights that are not dense by copies."""
     layout = find_layout(work.weights, work.groups)
     if layout is not None:
         return work._replace(layout=layout)
@@ -72,7 +72,7 @@ def _with_layout(work: Work) -> Work:
 
 
 def _staged(dense: Work, request: Request) -> Request:
-    """The request with gradients and states in the memory order of the dense weights: themselves, or copies."""
+    """Return the request with gradients and states in the memory order of the dense weights. Copy where needed."""
     given = [*(request.grads or ()), *(() if request.step is None else request.step.tensors())]
     notes: Any = dense.layout.notes  # type: ignore[union-attr]
     if not given or notes.grads_match(given):
@@ -92,17 +92,17 @@ def _staged(dense: Work, request: Request) -> Request:
 
 
 def _written(request: Request) -> Sequence[Tensor]:
-    """The gradients or states that a sweep writes."""
+    """Return the gradients or states that a sweep writes."""
     if request.step is None:
         return request.grads or ()
     return request.step.tensors() if request.mode is not Mode.ELEMENTWISE_PROX else ()
 
 
 def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure | None]:
-    """`kernel_sweep` or `block_sweep`, the one place that decides; RuntimeError where "triton" cannot be had."""
+    """Return `kernel_sweep` or `block_sweep`. Raise RuntimeError if impl="triton" cannot run."""
     if impl == "torch" or (impl is None and device.type != "cuda"):
         return block_sweep
-    kernels: Any = sys.modules.get("fastreg.kernels")  # an import statement takes its time at every call
+    kernels: Any = sys.modules.get("fastreg.kernels")  # faster than an import statement at every call
     if kernels is None:
         try:
             import fastreg.kernels as kernels
@@ -121,12 +121,12 @@ def backend_for(device: torch.device, impl: str | None) -> Callable[..., Measure
 
 
 def _is_lazy(tensor: Tensor) -> bool:
-    """Whether the values are not those in memory: negated by a bit, or zeros that were never written."""
+    """Return whether memory does not hold the values: the negative bit is set, or zeros have no memory."""
     return tensor.is_neg() or is_zerotensor(tensor)
 
 
 def _stage(grad: Tensor, weight: Tensor, is_read: bool) -> Tensor:
-    """`grad` itself where it has the memory order of the dense `weight`, else new memory that has, filled if read."""
+    """Return `grad` if it has the memory order of the dense `weight`, else a new tensor, a copy if `is_read`."""
     same_order = grad.stride() == weight.stride() or (grad.is_contiguous() and weight.is_contiguous())
     if grad.numel() == 0 or (same_order and not _is_lazy(grad)):
         return grad

@@ -1,4 +1,4 @@
-"""The Triton sweeps as operators of torch.library, which compilers do not look into, with their derivatives."""
+"""Triton sweeps as custom operators of torch.library, opaque to compilers, with their derivatives."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.formulas import penalty as formulas
 from fastreg.sweep.local import local_sweep
 
-# mode="reduce-overhead" would have tables that outlive a call allocated in memory that it takes back.
+# torch.compile(mode="reduce-overhead") would reuse the memory of tables that outlive a call.
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
 
@@ -31,14 +31,14 @@ def _sums(measured: Measure | None, like: Tensor, n_groups: int) -> Tensor:
 
 @library.custom_op("fastreg::group_sums", mutates_args=(), tags=_TAGS)
 def group_sums(weights: list[Tensor], groups: list[int], n_groups: int, impl: str | None) -> Tensor:
-    """Sums of |w| and w² of each strength group, float64 [n_groups, 2]; differentiable, twice."""
+    """Return the sums of |w| and w² of each strength group, float64 [n_groups, 2]; twice differentiable."""
     work = _work(weights, groups, n_groups, 1.0, 1.0, impl)
     return _sums(local_sweep(work, Request(Mode.VALUE, Want.TOTAL)), weights[0], n_groups)
 
 
 @library.custom_op("fastreg::gradients", mutates_args=(), tags=_TAGS)
 def gradients(weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, impl: str | None) -> list[Tensor]:
-    """l1 * sign(w) + 2 * l2 * w of each weight, for strengths [n_groups]; differentiable."""
+    """Return l1 * sign(w) + 2 * l2 * w of each weight, for strengths [n_groups]; differentiable."""
     grads = [torch.empty_like(w) for w in weights]
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
     local_sweep(work, Request(Mode.GRADIENT, Want.NOTHING, grads))
@@ -55,7 +55,7 @@ def add_gradient_(
     with_value: bool,
     impl: str | None,
 ) -> Tensor:
-    """Adds `gradients` to `grads`; returns the sums of `group_sums`, or an empty tensor where not `with_value`."""
+    """Add `gradients` to `grads`. Return the sums of `group_sums` if `with_value`, else an empty tensor."""
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
     return _sums(local_sweep(work, Request(Mode.ACCUMULATE, _want(with_value), grads)), l1, work.n_groups)
 
@@ -64,7 +64,7 @@ def add_gradient_(
 def prox_(
     weights: list[Tensor], groups: list[int], l1: Tensor, l2: Tensor, with_value: bool, impl: str | None
 ) -> Tensor:
-    """Shrinks `weights` by strengths that carry the step; returns the sums before it, as `add_gradient_` does."""
+    """Shrink `weights`; the strengths include the step size. Return earlier sums as `add_gradient_` does."""
     work = _work(weights, groups, l1.numel(), l1, l2, impl)
     return _sums(local_sweep(work, Request(Mode.PROX, _want(with_value))), l1, work.n_groups)
 

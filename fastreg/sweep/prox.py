@@ -1,4 +1,4 @@
-"""Proximal steps into the weights, in memory that is checked before the first write."""
+"""Proximal steps on the weights. All memory is checked before the first write."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from fastreg.sweep.inplace import check_writable, mark_changed
 def apply_prox(work: Work, lr: Strength) -> None:
     """Shrink the weights by a proximal step of size `lr`.
 
-    Raise ValueError, before anything is written, for a weight whose elements share memory, and RuntimeError for an
+    Before the first write, raise ValueError for a weight whose elements share memory, and RuntimeError for an
     inference tensor outside inference mode.
     """
     step = per_group([lr], work.weights[0].device, "lr")
@@ -24,16 +24,16 @@ def apply_prox(work: Work, lr: Strength) -> None:
 
 
 def apply_prox_of_groups(work: Work, steps: Sequence[Strength], param_groups: Sequence[int]) -> Measure | None:
-    """Shrink weight i by a proximal step of size `steps[param_groups[i]]`. Return the value before it."""
+    """Shrink weight i by a proximal step of size `steps[param_groups[i]]`. Return the value before the step."""
     device, penalty = work.weights[0].device, work.penalty
     if len(set(param_groups)) == 1:
         step = per_group([steps[param_groups[0]]], device, "lr")
         return _prox_sweep(work, Request(Mode.PROX, scale=(step,) * len(penalty.strengths)))
-    # Strengths are multiplied by the step of their param group, and the value is formed with those that are not.
-    fine, pairs = work.regrouped(param_groups)
+    # The proximal step takes strengths times the step size of the param group. The value takes plain strengths.
+    regrouped, pairs = work.regrouped(param_groups)
     scaled = [penalty.of_group(group, (steps[i],) * len(penalty.strengths)).strengths for group, i in pairs]
     measured = _prox_sweep(
-        fine._replace(penalty=penalty_of_groups(type(penalty), scaled, device)), Request(Mode.PROX, Want.TOTAL)
+        regrouped._replace(penalty=penalty_of_groups(type(penalty), scaled, device)), Request(Mode.PROX, Want.TOTAL)
     )
     if measured is None:
         return None
@@ -42,14 +42,14 @@ def apply_prox_of_groups(work: Work, steps: Sequence[Strength], param_groups: Se
 
 
 def apply_elementwise_prox(work: Work, step: StepInputs) -> Measure | None:
-    """Shrink each element by a step size of its own, which `step` has. Return the value before it."""
+    """Shrink each element by its own step size, computed from `step`. Return the value before the step."""
     return _prox_sweep(work, Request(Mode.ELEMENTWISE_PROX, step=step))
 
 
 def _prox_sweep(work: Work, request: Request) -> Measure | None:
     parts = local_shards(work.weights) if work.is_sharded else work.weights
     if work.layout is None or not work.layout.notes.are_writable:
-        is_compiling = torch.compiler.is_compiling()  # which has no inference tensors, and cannot ask for them
+        is_compiling = torch.compiler.is_compiling()  # compilers do not know is_inference()
         if not all(map(Tensor.is_contiguous, parts)) or (not is_compiling and any(map(Tensor.is_inference, parts))):
             for name, w in zip(work.names, parts, strict=True):
                 check_writable(w, f"parameter {name!r}")

@@ -1,9 +1,9 @@
-"""A sweep over sharded weights: each rank visits its own shards, and a few numbers are summed across ranks.
+"""Sweep over sharded weights: each rank visits its own shards, and ranks sum a few numbers.
 
 No weight and no gradient leaves its rank. Each mesh costs one all-reduce of two float64 numbers per strength group,
-over the mesh dimensions on which any of its weights is sharded. A weight that is replicated on one of those dimensions
-is counted by the ranks with coordinate 0 there. Only where several dimensions are sharded of a mesh that some ranks are
-not part of, it takes one all-reduce per dimension.
+over the mesh dimensions on which any of its weights is sharded. If a weight is replicated on one of those dimensions,
+only the ranks with coordinate 0 in it count the weight. If several dimensions are sharded and the mesh does not contain
+all ranks, each dimension takes its own all-reduce.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from fastreg.core.strengths import penalty_of_groups
 from fastreg.core.types import Request, Want, Work
 from fastreg.sweep.local import local_sweep
 
-REPLICATED = -1  # counted by every rank by itself: the same number everywhere
-NOT_COUNTED = -2  # counted by another rank
+REPLICATED = -1  # every rank counts the weight and gets the same number
+NOT_COUNTED = -2  # another rank counts the weight
 
 
 class Ownership:
-    """Which rank counts which weight: `mesh_index[i]` is the mesh that weight i is summed over, or one of the above.
+    """Which rank counts which weight: `mesh_index[i]` is the mesh over which weight i is summed, or a constant above.
 
-    Without `all_reduce` ranks will not sum what they count. Each weight is then counted by ranks that hold different
-    parts of it and by nobody else: plain tensors where the first mesh has only coordinates 0.
+    If `all_reduce` is False, ranks do not sum their counts. Exactly one rank then counts each shard of a weight. The
+    rank whose coordinates in the first mesh are all 0 counts plain tensors.
     """
 
     def __init__(self, weights: Sequence[Tensor], all_reduce: bool) -> None:
@@ -42,14 +42,14 @@ class Ownership:
         self.mesh_index = [self._mesh_index(w, meshes) for w in weights]
 
     def total(self, counts: Sequence[Tensor], mesh_index: Sequence[int]) -> Tensor:
-        """The sum of `counts`, tensors of one shape, each of mesh `mesh_index[i]`: over this rank, or over all."""
+        """Return the sum of equally shaped `counts` over this rank or all. Count i belongs to mesh `mesh_index[i]`."""
         total = torch.zeros_like(counts[0])
         for index in (REPLICATED, *range(len(self._reductions))):
             own = [count for count, i in zip(counts, mesh_index, strict=True) if i == index]
             subtotal = torch.stack(own).sum(0) if own else torch.zeros_like(total)
             if index != REPLICATED and self._all_reduce:
                 mesh, _, process_groups = self._reductions[index]
-                if subtotal.device.type != mesh.device_type:  # of weights that are offloaded to the CPU
+                if subtotal.device.type != mesh.device_type:  # weights are offloaded to the CPU
                     subtotal = subtotal.to(mesh.device_type)
                 for group in process_groups:
                     dist.all_reduce(subtotal, group=group)
@@ -73,9 +73,9 @@ class Ownership:
 
 
 def sharded_sweep(work: Work, request: Request) -> Measure | None:
-    """`local_sweep` of this rank's shards, with the value of all ranks, or of this one if not `work.all_reduce`.
+    """Call `local_sweep` on this rank's shards. Return the value of all ranks, or of this one if not `work.all_reduce`.
 
-    Gradients are DTensors with the placements of their weights. If a value is wanted, its terms are formed, too.
+    Gradients are DTensors with the placements of their weights. If any value is wanted, the result has all terms.
     """
     parts = work._replace(weights=local_shards(work.weights))
     grads = None if request.grads is None else local_shards(request.grads)
@@ -83,14 +83,14 @@ def sharded_sweep(work: Work, request: Request) -> Measure | None:
     local = request._replace(grads=grads, step=step)
     if request.want is Want.NOTHING:
         return local_sweep(parts, local)
-    # One sweep for all: strength groups are split by who counts them.
+    # One sweep serves all meshes: split the strength groups by `mesh_index`.
     ownership = Ownership(work.weights, work.all_reduce)
-    fine, pairs = parts.regrouped(ownership.mesh_index)
+    regrouped, pairs = parts.regrouped(ownership.mesh_index)
     rows = [[s[group] if isinstance(s, Tensor) and s.ndim else s for s in work.penalty.strengths] for group, _ in pairs]
-    fine = fine._replace(penalty=penalty_of_groups(type(work.penalty), rows, work.weights[0].device))
+    regrouped = regrouped._replace(penalty=penalty_of_groups(type(work.penalty), rows, work.weights[0].device))
     if step is not None:
         step = step._replace(settings=[step.settings[group] for group, _ in pairs])
-    measured = local_sweep(fine, local._replace(step=step))
+    measured = local_sweep(regrouped, local._replace(step=step))
     assert measured is not None
     counts = []
     for (group, _), row in zip(pairs, measured.sums(len(pairs)), strict=True):
@@ -105,9 +105,9 @@ def _sharded_dims(weight: Any) -> set[int]:
 
 
 def _reduction(mesh: Any, sharded: set[int]) -> tuple[list[int], list[Any]]:
-    """The mesh dimensions to sum over, and the process groups that do it one after the other."""
-    # The default group sums over all dimensions of a mesh of all ranks at once; a group for some of them would have to
-    # be made first, by ranks that may not all be here.
+    """Return the mesh dimensions to sum over, and the process groups to all-reduce in turn."""
+    # For a mesh of all ranks, the default group sums over all dimensions at once. A new group for some dimensions would
+    # need a call from every rank, and not every rank may be here.
     if len(sharded) > 1 and mesh.size() == dist.get_world_size():
         return list(range(mesh.ndim)), [dist.group.WORLD]
     return sorted(sharded), [mesh.get_group(dim) for dim in sorted(sharded)]

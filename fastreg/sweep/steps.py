@@ -1,4 +1,4 @@
-"""Whole steps of optimizers, in memory that is checked before the first write."""
+"""Whole steps of optimizers. All memory is checked before the first write."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from fastreg.sweep.inplace import check_writable, mark_changed
 
 
 def apply_steps(batches: Sequence[tuple[Work, Request]]) -> list[Measure | None]:
-    """Make the steps of optimizers, in a sweep for each batch of weights that make the same kind of step.
+    """Make optimizer steps, one sweep per batch of weights with the same kind of step.
 
-    Return the values before the steps. Raise TypeError, ValueError or RuntimeError, before anything is written, for a
-    gradient or a state that is not like its weight, and for weights that cannot be changed in place.
+    Return the values before the steps. Raise TypeError, ValueError or RuntimeError before the first write if a gradient
+    or state differs from its weight in dtype, device, shape or placement, or if a tensor cannot be changed in place.
     """
     checked = []
     for given_work, given_request in batches:
@@ -57,7 +57,7 @@ def _check_step(work: Work, grads: Sequence[Tensor], step: StepInputs) -> None:
             if is_dtensor(other) != is_dtensor(w):
                 raise TypeError(f"the {what} of parameter {name!r} is a {type(other).__name__}, unlike its weight")
             if is_dtensor(w) and what != "gradient" and other.placements != w.placements:  # type: ignore[attr-defined]
-                raise TypeError(f"the {what} of parameter {name!r} is not placed as its weight is")
+                raise TypeError(f"the {what} of parameter {name!r} has other placements than its weight")
             if other.dtype != w.dtype or other.device != w.device or other.shape != w.shape:
                 raise TypeError(
                     f"the {what} of parameter {name!r} is {other.dtype} {tuple(other.shape)} on {other.device} but the "

@@ -1,8 +1,8 @@
-"""The sweep where a compiler or a transform has to see through it: expressions, or one opaque operator per sweep.
+"""Sweep under a compiler or a transform: plain expressions, or one custom operator per sweep.
 
-On the PyTorch path and under torch.func it is the expressions of `fastreg.formulas.penalty`. The Triton kernels are
-hidden in the custom operators of operators.py. Weighted terms are expressions of the operators' sums, through which the
-strengths get their gradients.
+The PyTorch path and torch.func use the expressions of `fastreg.formulas.penalty`. The custom operators of operators.py
+launch the Triton kernels. The weighted terms are expressions of the operators' sums, so that the strengths get
+gradients.
 """
 
 import torch
@@ -22,7 +22,7 @@ from fastreg.sweep.operators import add_gradient_, group_sums, prox_
 
 
 def traced_sweep(work: Work, request: Request) -> Measure | None:
-    """`local_sweep` in terms of operators that compilers and transforms see through; RuntimeError for DTensors."""
+    """Do what `local_sweep` does, in traceable operators. Raise RuntimeError for DTensors."""
     weights, groups, n_groups = list(work.weights), list(work.groups), work.n_groups
     mode, grads, with_value = request.mode, request.grads, request.want is not Want.NOTHING
     if work.is_sharded or (not torch.compiler.is_compiling() and any(map(hides_dtensor, weights))):
@@ -39,7 +39,7 @@ def traced_sweep(work: Work, request: Request) -> Measure | None:
         if with_value:
             sums = formulas.sums_of_groups(weights, groups, n_groups, work.penalty)
         if request.step is not None:
-            # A compiler makes kernels of these expressions that are as good.
+            # The compiler fuses these expressions into kernels of its own.
             take_steps(mode, weights, grads, groups, request.step)
         else:
             formulas.apply_penalty(mode, weights, grads, groups, work.penalty, request.scale)
@@ -57,7 +57,7 @@ def traced_sweep(work: Work, request: Request) -> Measure | None:
 
 
 def _scaled(work: Work, scale: Scale) -> tuple[Tensor, Tensor]:
-    """Both strengths with their scale, as float64 [n_groups]."""
+    """Return both strengths times their scale, float64 [n_groups]."""
     device = work.weights[0].device
     pairs = [work.penalty.of_group(group, scale).strengths for group in range(work.n_groups)]
     l1, l2 = (torch.stack([_float64(s, device) for s in column]) for column in zip(*pairs, strict=True))
@@ -67,5 +67,5 @@ def _scaled(work: Work, scale: Scale) -> tuple[Tensor, Tensor]:
 def _float64(strength: Strength, device: torch.device) -> Tensor:
     if isinstance(strength, Tensor):
         return strength.to(device, torch.float64)
-    # full() also takes a float that a compiler holds as a symbol.
+    # full() also takes a symbolic float of a compiler.
     return torch.full((), strength, dtype=torch.float64, device=device)

@@ -90,7 +90,7 @@ def test_without_alignment_hints_the_check_fails(target: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_with_an_atomic_reduction_the_check_fails(target: str, tmp_path: Path) -> None:
-    changed = edited_kernels(r"tl\.store\(_pointer\(partials", "tl.atomic_add(_pointer(partials", tmp_path)
+    changed = edited_kernels(r"tl\.store\(_pointer\(partials_ptr", "tl.atomic_add(_pointer(partials_ptr", tmp_path)
     with pytest.raises(AssertionError, match="atomics"):
         assert_in_registers(inspect_with(changed, "value", "fp32", target))
 

@@ -259,13 +259,13 @@ def test_strengths_and_scales_come_as_values_or_by_address(driver: StubDriver) -
             assert (
                 sweep["doubles"] == finish["doubles"] == (dtype != torch.float32) << bit
             )  # float16 is read as float64
-            assert [each for each in names if sweep[f"{each}_address"]] == [name]
-            assert dtype == torch.float16 or sweep[f"{name}_address"] == numbers[bit].data_ptr()
+            assert [each for each in names if sweep[f"{each}_ptr"]] == [name]
+            assert dtype == torch.float16 or sweep[f"{name}_ptr"] == numbers[bit].data_ptr()
             l1, l2, scale_l1, scale_l2 = (1.0 if isinstance(n, Tensor) else n for n in numbers)
             assert (sweep["l1"], sweep["l2"]) == (l1 * scale_l1, l2 * scale_l2)
             assert (finish["l1"], finish["l2"]) == (l1, l2)
-            assert finish["l1_address"] == sweep["l1_address"]
-            assert finish["l2_address"] == sweep["l2_address"]
+            assert finish["l1_ptr"] == sweep["l1_ptr"]
+            assert finish["l2_ptr"] == sweep["l2_ptr"]
 
 
 def test_what_is_launched_by_the_jit_and_what_by_the_compiled_kernel(
@@ -323,8 +323,8 @@ def test_sums_and_partial_sums_do_not_overlap(driver: StubDriver) -> None:
     weights = [torch.ones(5, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float32)]
     fastreg.elastic_penalty([{"params": w, "l1": 0.5 + i} for i, w in enumerate(weights)], impl="triton")
     first, second, finish = (each.arguments for each in driver.launches)
-    assert first["partials"] == finish["partials"] == finish["sums"] + 3 * 16
-    assert second["partials"] == first["partials"] + 2 * 16
+    assert first["partials_ptr"] == finish["partials_ptr"] == finish["sums_ptr"] + 3 * 16
+    assert second["partials_ptr"] == first["partials_ptr"] + 2 * 16
 
 
 @pytest.mark.parametrize("own", [torch.float64, torch.float32], ids=str)
@@ -384,7 +384,7 @@ def test_a_step_is_one_launch_and_nothing_of_it_compiles_again(driver: StubDrive
     step_of(tracked, weights)
     assert variants(driver.launches) == {("_sweep_kernel", mode, True): 1, ("_finish_kernel",): 1}
     signatures = [each.signature for each in driver.launches if each.kernel == "_sweep_kernel"]
-    assert all(signature["lr"] == "fp64" and signature["settings"] == "i64" for signature in signatures)
+    assert all(signature["lr"] == "fp64" and signature["settings_ptr"] == "i64" for signature in signatures)
 
 
 def test_the_proximal_step_after_adam_is_one_launch_beside_the_value(driver: StubDriver) -> None:
