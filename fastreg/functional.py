@@ -51,8 +51,8 @@ def elastic_penalty(
         gradient   l1 * sign(w) + 2 * l2 * w                  sign(0) = 0, also for -0.0
         prox_lr    sign(w) * max(|w| - lr * l1, 0) / (1 + 2 * lr * l2)
 
-    `elastic_prox_` applies prox_lr. There is no factor ½: l2 multiplies the sum of squares, so l2 acts like weight_decay=2 * l2 in torch.optim.SGD.
-    `ElasticNet.from_alpha` takes the parameters of scikit-learn.
+    `elastic_prox_` applies prox_lr. There is no factor ½: l2 multiplies the sum of squares, so l2 acts like
+    weight_decay=2 * l2 in torch.optim.SGD. `ElasticNet.from_alpha` takes the parameters of scikit-learn.
 
     With `flat = torch.cat([p.flatten() for p in params])`, the value equals
     `l1 * flat.abs().sum() + l2 * flat.square().sum()`. The forward pass reads the weights once and does
