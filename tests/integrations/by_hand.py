@@ -21,11 +21,15 @@ def shrink_by_hand(params: Iterable[nn.Parameter], optimizer: Optimizer, l1: flo
         for p in params:
             group = group_of[p]
             t: float | Tensor = group["lr"]
-            if "betas" in group:
-                state = optimizer.state[p]
-                unbiased = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"].item())
-                t = t / (unbiased.sqrt() + group["eps"])
-            p.copy_(p.sign() * (p.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2))
+            if "betas" not in group:
+                p.copy_(p.sign() * (p.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2))
+                continue
+            state, (beta1, beta2) = optimizer.state[p], group["betas"]
+            step, square = state["step"].item(), state["exp_avg_sq"]
+            t = t / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+            shrunk = p.sign() * (p.abs() - t * l1).clamp(min=0) / (1 + 2 * t * l2)
+            reach = group["lr"] * max(2.0, (1 - beta1) / (1 - beta2) ** 0.5)
+            p.copy_(torch.where((square == 0) & (step == 1), p, shrunk.clamp(p - reach, p + reach)))
 
 
 def terms_by_hand(params: Iterable[nn.Parameter], l1: float, l2: float) -> tuple[float, float, float]:
