@@ -136,7 +136,7 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, DTYPE: tl.constexpr, CO
         moments = ((1 - beta1).to(COMPUTE), beta2.to(COMPUTE), (1 - beta2).to(COMPUTE))
         # The last factor is for rounding, as in `fastreg.formulas.steps.with_rounding`.
         reach = lr * _setting(row, MODE, "reach") * (1 + 8 * _epsilon(COMPUTE) + _epsilon(DTYPE))
-        bound = (reach.to(COMPUTE), step == 1)
+        bound = (reach.to(COMPUTE), tl.where(step == 1, 0.0, reach).to(COMPUTE))
         own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), eps.to(COMPUTE), bound)
     common = (
         (1 / grad_scale).to(COMPUTE),
@@ -156,7 +156,7 @@ def _prox_elementwise(w, square, denominator, prox_l1, prox_slope, bound, DTYPE:
 
     No element moves further than the reach, and on a first step those whose square is 0 do not move.
     """
-    reach, is_first = bound
+    reach, reach_of_zero = bound
     ones = tl.full(w.shape, 1.0, w.dtype)
     inverse = _quotient(ones, denominator, DTYPE)
     shrinkage = ones
@@ -164,7 +164,7 @@ def _prox_elementwise(w, square, denominator, prox_l1, prox_slope, bound, DTYPE:
         shrinkage = _quotient(ones, prox_slope * inverse + 1.0, DTYPE)
     # As `_prox`, with |w| - reach below it. A maximum of magnitudes takes fewer instructions than comparisons.
     magnitude = tl.abs(w)
-    allowed = tl.where(is_first & (square == 0), 0.0, reach)
+    allowed = tl.where(square == 0, reach_of_zero, reach)
     shrunk = _larger(magnitude - prox_l1 * inverse, 0.0) * shrinkage
     shrunk = _larger(shrunk, magnitude - allowed)
     return tl.where(w < 0, -shrunk, shrunk)
