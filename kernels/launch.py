@@ -13,6 +13,7 @@ from fastreg.core.layout import Part
 from fastreg.core.penalty import Measure
 from fastreg.core.torch_private import is_zerotensor
 from fastreg.core.types import Mode, Request, Want, Work
+from fastreg.formulas.penalty import ElasticNetPenalty, no_formulas
 from fastreg.kernels.finish import _finish_kernel
 from fastreg.kernels.sweep import _sweep_kernel
 from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
@@ -52,6 +53,8 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
         with torch.cuda.device(device):
             return kernel_sweep(parts, work, request)
     mode, grads, step, penalty = request.mode, request.grads, request.step, work.penalty
+    if type(penalty) is not ElasticNetPenalty:
+        raise no_formulas(penalty, "kernels/penalty.py")
     value_dtype: Any = None
     if request.want is not Want.NOTHING and work.layout is not None:
         value_dtype = work.layout.value_dtype

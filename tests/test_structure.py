@@ -29,8 +29,8 @@ CALLBACKS = [
 # Folders and public files, by floor, from the lowest: a room imports only from rooms on lower floors.
 ROOMS = [
     ["core"],
-    ["formulas", "selection", "kernels"],
-    ["blocks"],
+    ["formulas", "selection"],
+    ["blocks", "kernels"],
     ["sweep"],
     ["autograd", "optim", "sparsity"],
     ["regularizer"],

@@ -18,6 +18,7 @@ from fastreg.core.layout import Part
 from fastreg.core.penalty import Measure
 from fastreg.core.torch_private import is_under_a_mode
 from fastreg.core.types import Mode, Request, Want, Work
+from fastreg.formulas.penalty import ElasticNetPenalty, no_formulas
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -35,6 +36,8 @@ def block_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure 
             measured = block_sweep(parts, work, Request(Mode.VALUE, want))
         take_block_steps(parts, work, request)
         return measured
+    if type(penalty) is not ElasticNetPenalty:
+        raise no_formulas(penalty, "fastreg/blocks/penalty.py")
     device = parts[0].device
     on_host = device.type == "cpu"
     # Under a TorchDispatchMode, use no cached tensors and keep strengths as tensors.

@@ -2,6 +2,8 @@
 
 import abc
 import array
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
@@ -21,7 +23,7 @@ class Measure(NamedTuple):
 
     total: Tensor
     terms: tuple[Tensor, ...] | None  # the weighted terms, one per strength; None if only the total was wanted
-    memory: "Tensor | array.array[float]"  # float64: the sums of each group, then scratch of the backend
+    memory: "Tensor | array.array[float]"  # float64: the sums of each group; more rows are scratch of the backend
 
     def sums(self, n_groups: int) -> Tensor:
         """Return the unweighted sums of each group, float64 [n_groups, n_sums]."""
@@ -32,14 +34,14 @@ class Measure(NamedTuple):
 
 
 class BasePenalty(abc.ABC):
-    """A penalty: its strengths, sums, gradient and proximal operator.
+    """A penalty, Σ strength_i * sum_i: its strengths, sums, gradient and proximal operator.
 
     With one group, each strength is a float or a 0-dim tensor. With more groups, it is a tensor [n_groups] on the
     weights' device. The methods that take a weight require a penalty of one group, as `of_group` returns.
     """
 
     NAMES: ClassVar[tuple[str, ...]]  # names of the strengths and of their terms
-    RESULT: ClassVar[Any]  # the public NamedTuple: the total, then one term per strength
+    RESULT: ClassVar[Any]  # the public NamedTuple: `total`, then one term per strength, with the names in NAMES
 
     def __init__(self, strengths: Sequence[Strength]) -> None:
         self.strengths = strengths
@@ -61,7 +63,7 @@ class BasePenalty(abc.ABC):
 
     @abc.abstractmethod
     def sums(self, w: Tensor) -> tuple[Tensor, ...]:
-        """Return the sums of `w` that the value is made of: 0-dim tensors, float64."""
+        """Return the unweighted sums of `w`, one per strength: 0-dim tensors, float64."""
 
     @abc.abstractmethod
     def gradient(self, w: Tensor) -> Tensor:
@@ -71,9 +73,10 @@ class BasePenalty(abc.ABC):
     def prox(self, w: Tensor) -> Tensor:
         """Return the proximal operator of `w`. The strengths include the step size."""
 
-    @abc.abstractmethod
     def weighted(self, sums: Tensor, dtype: torch.dtype) -> Measure:
-        """Return `sums` [n_groups, n_sums] times the strengths of the groups: the terms and their total, in `dtype`."""
+        """Return the weighted terms of `sums` [n_groups, n_strengths] and their total, each rounded once to `dtype`."""
+        terms = [(s * sums[:, i]).sum() for i, s in enumerate(self.strengths)]
+        return Measure(functools.reduce(operator.add, terms).to(dtype), tuple(term.to(dtype) for term in terms), sums)
 
 
 def moved(strengths: Any, device: torch.device) -> Scale:

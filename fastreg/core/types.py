@@ -16,7 +16,7 @@ class Mode(enum.Enum):
 
     VALUE = "value"  # nothing
     GRADIENT = "gradient"  # writes the gradient
-    RESCALE = "rescale"  # `grads` hold the gradient for scale 1: writes it anew, or leaves it if the scale is 1
+    RESCALE = "rescale"  # `grads` hold the gradient for scale 1: recomputes it unless the scale is 1
     ACCUMULATE = "accumulate"  # adds the gradient to .grad in place
     PROX = "prox"  # replaces w by its proximal step
     # The modes below read StepInputs.
@@ -27,8 +27,8 @@ class Mode(enum.Enum):
     AMSGRAD = "amsgrad"  # a step of Adam or AdamW with amsgrad=True
 
 
-# The modes that read StepInputs, and the states of each: tensors like the weights. Those of an optimizer's whole step
-# have their names in torch.optim. Sweeps take them in this order; kernels/steps.py has a copy of this table.
+# The modes that read StepInputs, and the states of each: tensors like the weights. Optimizer states
+# have torch.optim's names. Sweeps take them in this order; kernels/steps.py has a copy of this table.
 STATES: dict[Mode, tuple[str, ...]] = {
     Mode.SGD: (),
     Mode.MOMENTUM: ("momentum_buffer",),
@@ -50,8 +50,8 @@ def states_of(mode: Mode) -> tuple[str, ...]:
     return names
 
 
-# The numbers of a strength group, one class for each kind of step. All are floats, or 0-dim tensors where users pass
-# some. A kernel reads them as a row of a table: kernels/steps.py has a copy of the order of the fields.
+# The numbers of a strength group, one class for each kind of step. All are floats, or 0-dim tensors that
+# the user passed. A kernel reads them as a row of a table: kernels/steps.py has a copy of the order of the fields.
 
 
 class SGDSettings(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
-from fastreg.core.penalty import BasePenalty, Measure, Scale, Strength
+from fastreg.core.penalty import BasePenalty, Scale, Strength
 from fastreg.core.types import Mode
 
 
@@ -58,10 +58,10 @@ class ElasticNetPenalty(BasePenalty):
         shrunk = (magnitude - l1) * (1 / (1 + 2 * l2)) * wide.sign()
         return torch.where(magnitude <= l1, 0.0, shrunk).to(w.dtype)
 
-    def weighted(self, sums: Tensor, dtype: torch.dtype) -> Measure:
-        """Return the weighted terms of `sums` [n_groups, 2] and their total, each rounded once to `dtype`."""
-        l1_term, l2_term = [(s * sums[:, i]).sum() for i, s in enumerate(self.strengths)]
-        return Measure((l1_term + l2_term).to(dtype), (l1_term.to(dtype), l2_term.to(dtype)), sums)
+
+def no_formulas(penalty: BasePenalty, file: str) -> NotImplementedError:
+    """Return the error for a penalty whose formulas `file` does not have, and which it would compute wrongly."""
+    return NotImplementedError(f"{file} does not have the formulas of {type(penalty).__name__}; add them there")
 
 
 def gradient_derivatives(w: Tensor, l2: Strength, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:

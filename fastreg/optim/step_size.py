@@ -54,6 +54,7 @@ from fastreg.core.dtypes import accumulate_dtype
 from fastreg.core.penalty import Strength
 from fastreg.core.strengths import penalty_of_groups
 from fastreg.core.types import ElementwiseProxSettings, Mode, StepInputs, Work
+from fastreg.formulas.penalty import ElasticNetPenalty, no_formulas
 from fastreg.optim.adam import adam_reach
 from fastreg.optim.base import Penalized, learning_rate
 from fastreg.optim.sgd import momentum_factor
@@ -65,9 +66,9 @@ State: TypeAlias = dict[str, Any]  # the state of a parameter
 class Limits(NamedTuple):
     """The parts of an elementwise step size that a param group alone decides."""
 
-    beta2: float
+    beta2: float  # 0 without bias correction
     eps: float
-    reach: float
+    reach: float  # the longest step, in units of lr * factor; at least 2
 
 
 class ScalarStepSize(NamedTuple):
@@ -260,6 +261,8 @@ def elementwise_inputs(optimizer: Optimizer, work: Work, param_groups: Sequence[
     """
     size = _step_size_of(optimizer)
     assert isinstance(size, ElementwiseStepSize)
+    if type(work.penalty) is not ElasticNetPenalty:
+        raise no_formulas(work.penalty, "fastreg/formulas/steps.py")
     states = [optimizer.state[w] for w in work.weights]
     squares: list[Any] = [None] * len(states)
     for number in dict.fromkeys(param_groups):

@@ -43,6 +43,8 @@ def traced_sweep(work: Work, request: Request) -> Measure | None:
             take_steps(mode, weights, grads, groups, request.step)
         else:
             formulas.apply_penalty(mode, weights, grads, groups, work.penalty, request.scale)
+    elif type(work.penalty) is not formulas.ElasticNetPenalty:
+        raise formulas.no_formulas(work.penalty, "fastreg/sweep/operators.py")
     elif mode is Mode.VALUE:
         sums = group_sums(weights, groups, n_groups, work.impl)
     else:
