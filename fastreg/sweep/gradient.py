@@ -23,6 +23,8 @@ def add_gradient(
     device or shape, or cannot be changed in place. With `any_dtype`, accept a .grad of another dtype, as
     `Tensor.grad_dtype` allows.
     """
+    if not (work.are_leaves or work.is_traced):
+        _check_leaves(work)
     grads: list[Any] = [w.grad for w in work.weights]
     if work.layout is not None and work.layout.notes.grads_match(grads):
         measured = local_sweep(work, Request(Mode.ACCUMULATE, want, grads, scale, None, True))
@@ -57,6 +59,15 @@ def _has_own_dtype(weight: Any) -> bool:
     """Return whether the gradient of `weight` has, or will have, another dtype than the weight."""
     dtype = getattr(weight, "grad_dtype", None) if weight.grad is None else weight.grad.dtype
     return dtype is not None and dtype != weight.dtype
+
+
+def _check_leaves(work: Work) -> None:
+    for name, w in zip(work.names, work.weights, strict=True):
+        if not w.is_leaf:
+            raise ValueError(
+                f"parameter {name!r} is computed from other tensors, so its .grad is not used: pass the parameters that "
+                "it is computed from, or add the penalty to the loss"
+            )
 
 
 def _check_first_gradients(work: Work) -> None:
