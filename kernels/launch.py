@@ -1,6 +1,5 @@
 """Launches for the parts of a layout: pointer tables, one sweep per dtype, and one kernel that finishes the value."""
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastreg.core.types import Mode, Request, Want, Work
 from fastreg.formulas.penalty import ElasticNetPenalty, no_formulas
 from fastreg.kernels.finish import _finish_kernel
 from fastreg.kernels.sweep import _sweep_kernel
-from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table, sorted_by_group
+from fastreg.kernels.tables import BLOCK, PointerTables, Tables, settings_table
 
 # Whether the kernels were defined under TRITON_INTERPRET=1 and run on the CPU.
 INTERPRETED = not isinstance(_sweep_kernel, triton.runtime.JITFunction)
@@ -142,8 +141,7 @@ def kernel_sweep(parts: Sequence[Part], work: Work, request: Request) -> Measure
     terms = (torch.empty_like(total), torch.empty_like(total)) if request.want is Want.TERMS else None
     by_group = None
     if n_groups > 1:
-        of_all = functools.partial(sorted_by_group, [table.chunks[:, 2] for _, _, table in tables], n_groups)
-        by_group = tables[0][1].cache.get("groups of all parts", of_all)
+        by_group = tables[0][1].by_group([table for _, _, table in tables], n_groups)
     _launch(
         _finish_kernel,
         1 + n_groups,

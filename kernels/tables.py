@@ -38,7 +38,8 @@ class PointerTables:
 
     def __init__(self, part: Part) -> None:
         self._part = part
-        self.cache = DeviceCache(part.device, size=2)
+        self._of_weights = DeviceCache(part.device, size=1)
+        self._by_group = DeviceCache(part.device, size=8)
         self._of_gradients = DeviceCache(part.device, size=8)
         self._of_states = DeviceCache(part.device, size=2)
         self._counters = DeviceCache(part.device, size=1)
@@ -55,7 +56,14 @@ class PointerTables:
 
     def of_weights(self) -> Tables:
         """Where the chunks that the weights are cut into are, and how large."""
-        return self.cache.get("weights", self._build)
+        return self._of_weights.get(None, self._build)
+
+    def by_group(self, tables: Sequence[Tables], n_groups: int) -> Tensor:
+        """Return the table by which `_finish_kernel` finds the chunks of a group, from the tables of all parts.
+
+        Call it on the first part: the parts of a layout stay together. A sweep may have groups without any weight.
+        """
+        return self._by_group.get(n_groups, lambda: sorted_by_group([t.chunks[:, 2] for t in tables], n_groups))
 
     def of_gradients(self, grads: Sequence[Tensor]) -> tuple[Tensor, int]:
         """The table and the distance that `_sweep_kernel` finds gradients by; the table outlives a common move."""

@@ -4,6 +4,7 @@ A layout holds addresses and sizes but no tensors, so the cache keeps no model a
 hundreds of tensors. So Python reads each tensor's address only, and torch.compile's guards compare the rest in C++.
 """
 
+import enum
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -73,19 +74,19 @@ class Notes:
         self.were_hooked: bool | None = None
         # Whether the weights can be changed in place.
         self.are_writable = False
-        self._guards: dict[int, Callable[..., bool]] = {}
+        self._guards: dict[str, Callable[..., bool]] = {}
 
-    def grads_match(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Return whether gradients, followed by states of an optimizer, match the guards stored for as many tensors.
+    def grads_match(self, mode: enum.Enum, tensors: Sequence[Tensor | None]) -> bool:
+        """Return whether gradients, followed by states of an optimizer, match the guards stored for a sweep of `mode`.
 
         If so, all are present, in the weights' memory order, and can be changed in place.
         """
-        guards = self._guards.get(len(tensors))
+        guards = self._guards.get(mode._value_)  # the hash of an Enum is a call of Python
         return guards is not None and guards(*tensors)
 
-    def store_grads(self, tensors: Sequence[Tensor]) -> None:
-        """Store guards for gradients and states that can be changed in place."""
-        self._guards[len(tensors)] = snapshot(tensors)
+    def store_grads(self, mode: enum.Enum, tensors: Sequence[Tensor]) -> None:
+        """Store guards for the gradients and states of a sweep of `mode`, which can be changed in place."""
+        self._guards[mode._value_] = snapshot(tensors)
 
 
 class Layout:

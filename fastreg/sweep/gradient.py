@@ -26,7 +26,7 @@ def add_gradient(
     if not (work.are_leaves or work.is_traced):
         _check_leaves(work)
     grads: list[Any] = [w.grad for w in work.weights]
-    if work.layout is not None and work.layout.notes.grads_match(grads):
+    if work.layout is not None and work.layout.notes.grads_match(Mode.ACCUMULATE, grads):
         measured = local_sweep(work, Request(Mode.ACCUMULATE, want, grads, scale, None, True))
         torch.autograd.graph.increment_version(grads)
         return measured

@@ -75,7 +75,7 @@ def _staged(dense: Work, request: Request) -> Request:
     """Return the request with gradients and states in the memory order of the dense weights. Copy where needed."""
     given = [*(request.grads or ()), *(() if request.step is None else request.step.tensors())]
     notes: Any = dense.layout.notes  # type: ignore[union-attr]
-    if not given or notes.grads_match(given):
+    if not given or notes.grads_match(request.mode, given):
         return request
     is_read = request.mode not in (Mode.GRADIENT, Mode.VALUE)
 
@@ -86,7 +86,7 @@ def _staged(dense: Work, request: Request) -> Request:
     step = None if request.step is None else request.step.mapped(stage)
     staged = [*(grads or ()), *(() if step is None else step.tensors())]
     if all(map(operator.is_, staged, given)):
-        notes.store_grads(given)
+        notes.store_grads(request.mode, given)
         return request
     return request._replace(grads=grads, step=step)
 

@@ -28,7 +28,7 @@ def apply_steps(batches: Sequence[tuple[Work, Request]]) -> list[Measure | None]
         if not (work.is_traced or work.is_sharded):
             work = work._replace(layout=find_layout(work.weights, work.groups))
         notes = None if work.layout is None else work.layout.notes
-        if notes is not None and notes.are_writable and notes.grads_match([*grads, *step.tensors()]):
+        if notes is not None and notes.are_writable and notes.grads_match(request.mode, [*grads, *step.tensors()]):
             request = request._replace(are_checked=True)
         else:
             _check_step(work, grads, step)

@@ -249,3 +249,20 @@ def test_python_asks_little_of_each_tensor(path: Path, request: pytest.FixtureRe
 class _NoKernel:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda **arguments: None
+
+
+def test_guards_of_one_mode_do_not_serve_another(path: Path) -> None:
+    """States of a proximal step may have a dtype that gradients must not have."""
+    impl, device = path
+    w = nn.Parameter(torch.ones(50, device=device, dtype=torch.bfloat16))
+    optimizer = torch.optim.Adagrad([w], lr=0.1, foreach=False)
+    optimizer.state[w]["sum"] = torch.ones(50, device=device)
+    reg = fastreg.ElasticNet([w], l1=0.5, impl=impl)
+    reg.attach(optimizer, mode="prox")
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    w.grad = None
+    w.grad_dtype = torch.float32
+    w.grad = torch.zeros(50, device=device)
+    with pytest.raises(TypeError, match=r"float32 .* but the weight is torch\.bfloat16"):
+        reg.add_grad_()

@@ -207,6 +207,41 @@ def test_chunks_by_group() -> None:
     assert sorted_groups == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
+def grouped(weights: list[Tensor]) -> list[dict[str, object]]:
+    return [{"params": [w], "l1": 0.5 + i, "l2": 0.25 * i} for i, w in enumerate(weights)]
+
+
+def step_of_two(weights: list[Tensor], n_groups: int, impl: str) -> Tensor:
+    """The value of the first two weights, when these alone have gradients and so are swept without the others."""
+    optimizer = torch.optim.SGD(weights[:n_groups], lr=0.0)
+    reg = fastreg.ElasticNet(grouped(weights[:n_groups]), impl=impl)
+    reg.attach(optimizer, mode="prox")
+    for w in weights[:2]:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    return reg.last.total
+
+
+def test_the_same_weights_among_other_numbers_of_groups(kernels: Path, sum_dtype: torch.dtype) -> None:
+    """A table for fewer groups is too short, and one for more groups has its vectors in other places."""
+    weights = [torch.full((3000 - 300 * i,), 0.5 + i, device=kernels[1]).requires_grad_() for i in range(8)]
+    for n_groups in (2, 8, 3, 5, 2, 8):
+        expected = sum(oracle.penalty([w], 0.5 + i, 0.25 * i)[0] for i, w in enumerate(weights[:n_groups]))
+        with naming(f"{n_groups} groups"):
+            assert ulps(step_of_two(weights, n_groups, "triton"), expected) <= 2.5
+
+
+def test_tables_of_groups_evict_no_table_of_weights(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.ones(5 + i, device=kernels[1]).requires_grad_() for i in range(6)]
+    build = tables.PointerTables._build
+    built: list[list[int]] = []
+    monkeypatch.setattr(tables.PointerTables, "_build", lambda own: built.append(own._part.addresses) or build(own))
+    for n_groups in (2, 6, 3, 5, 4, 2, 6, 3):
+        step_of_two(weights, n_groups, "triton")
+    of_two = [addresses for addresses in built if addresses == [w.data_ptr() for w in weights[:2]]]
+    assert len(of_two) == 1
+
+
 def test_runs_agree_in_every_bit(kernels: Path, sum_dtype: torch.dtype) -> None:
     w = torch.randn(20_000, device=kernels[1])
     first, *others = (fastreg.elastic_penalty([w], 0.3, 0.7, impl="triton") for _ in range(3))
