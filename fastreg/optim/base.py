@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fastreg.core.checks import Impl, check_impl, check_tensors, warn_user
 from fastreg.core.dtensor import any_dtensor
-from fastreg.core.penalty import Strength, add_results
+from fastreg.core.penalty import Strength, add_results, times
 from fastreg.core.strengths import check_strength, checked, penalty_of_groups
 from fastreg.core.torch_private import unscales_gradients
 from fastreg.core.types import COUNTING, Mode, Request, Settings, StepInputs, Want, Work, states_of
@@ -269,4 +269,6 @@ def penalty_strengths(
     l1, l2 = (check_strength(group[name], f"{name} of param group {number}") for name in ("l1", "l2"))
     if not isinstance(group["prox"], bool):
         raise TypeError(f"prox of param group {number} must be True or False, got {group['prox']!r}")
-    return (0.0, 0.0, l1 * factor, l2 * factor) if group["prox"] else (l1, l2, 0.0, 0.0)
+    if not group["prox"]:
+        return l1, l2, 0.0, 0.0
+    return (0.0, 0.0, l1, l2) if factor == 1 else (0.0, 0.0, times(l1, factor), times(l2, factor))
