@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fastreg.core.checks import Impl
-from fastreg.core.penalty import Strength
+from fastreg.core.penalty import Strength, times
 from fastreg.core.strengths import check_strength
 from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.regularizer import Regularizer
@@ -64,7 +64,7 @@ class ElasticNet(Regularizer[Penalty]):
         alpha_checked, ratio = check_strength(alpha, "alpha"), check_strength(l1_ratio, "l1_ratio")
         if not isinstance(ratio, Tensor) and ratio > 1:
             raise ValueError(f"l1_ratio must be between 0 and 1, got {ratio}")
-        l1, l2 = alpha_checked * ratio, alpha_checked * (1 - ratio) / 2
+        l1, l2 = times(alpha_checked, ratio), times(alpha_checked, (1 - times(ratio, 1.0)) / 2)
         return cls(params, l1, l2, include=include, exclude=exclude, impl=impl)
 
     @property

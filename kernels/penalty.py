@@ -11,6 +11,13 @@ def _signed(w, l1):
 
 
 @triton.jit
+def _with_finite_slope(l1, slope, COMPUTE: tl.constexpr):
+    """Return l1 and slope, or inf and 1 if slope is beyond COMPUTE: inf * 0 would be NaN where w is 0."""
+    is_beyond = slope.to(COMPUTE) == float("inf")
+    return tl.where(is_beyond, float("inf"), l1), tl.where(is_beyond, 1.0, slope)
+
+
+@triton.jit
 def _gradient(w, l1, slope):
     """Return l1 * sign(w) + slope * w, rounded once; slope is 2 * l2, and sign(±0) is 0. NaN passes through."""
     return tl.fma(w, slope, _signed(w, l1))

@@ -7,7 +7,7 @@ numbers that are the same for all elements formed once per program, in float64.
 import triton
 import triton.language as tl
 
-from fastreg.kernels.penalty import _prox, _signed
+from fastreg.kernels.penalty import _prox, _signed, _with_finite_slope
 
 
 @triton.constexpr_function
@@ -138,10 +138,12 @@ def _rule(row, step, lr, grad_scale, MODE: tl.constexpr, DTYPE: tl.constexpr, CO
         reach = lr * _setting(row, MODE, "reach") * (1 + 8 * _epsilon(COMPUTE) + _epsilon(DTYPE))
         bound = (reach.to(COMPUTE), tl.where(step == 1, 0.0, reach).to(COMPUTE))
         own = (size.to(COMPUTE), moments[0], moments[1], moments[2], root.to(COMPUTE), eps.to(COMPUTE), bound)
+    slope = 2 * _setting(row, MODE, "l2") + decay * (1 - is_decoupled)
+    l1, slope = _with_finite_slope(_setting(row, MODE, "l1"), slope, COMPUTE)
     common = (
         (1 / grad_scale).to(COMPUTE),
-        _setting(row, MODE, "l1").to(COMPUTE),
-        (2 * _setting(row, MODE, "l2") + decay * (1 - is_decoupled)).to(COMPUTE),
+        l1.to(COMPUTE),
+        slope.to(COMPUTE),
         (1 - lr * decay * is_decoupled).to(COMPUTE),
         shrinks,
         prox_l1.to(COMPUTE),

@@ -8,7 +8,7 @@ The loop with pairs of float32 sums ends at a block that is out of their range. 
 import triton
 import triton.language as tl
 
-from fastreg.kernels.penalty import _gradient, _prox
+from fastreg.kernels.penalty import _gradient, _prox, _with_finite_slope
 from fastreg.kernels.pointers import _beside, _load, _pointer, _store, _times
 from fastreg.kernels.steps import (
     _counts_steps,
@@ -195,6 +195,8 @@ def _sweep_kernel(
         l2 = _times(l2 * scale_l2, l2_ptr, (doubles & 2) != 0, group)
         # Computed once per program, in float64.
         factor = 1 / (1 + 2 * l2) if MODE == "prox" else 2 * l2
+        if MODE != "prox":
+            l1, factor = _with_finite_slope(l1, factor, COMPUTE)
         numbers = (l1.to(COMPUTE), factor.to(COMPUTE))
 
     sums = tl.zeros((LANES, 2), tl.float64 if SUM_DTYPE is None else SUM_DTYPE)

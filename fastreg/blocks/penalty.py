@@ -14,6 +14,7 @@ from fastreg.core.dtypes import accumulate_dtype, compute_dtype
 from fastreg.core.penalty import Strength
 from fastreg.core.torch_private import foreach_add_, foreach_copy_, fused_sgd_
 from fastreg.core.types import Mode
+from fastreg.formulas.penalty import with_finite_slope
 
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 _softshrink = torch.ops.aten.softshrink.out
@@ -80,14 +81,18 @@ class BlockOps:
 
         Overwrite `sign`. `out` may be `sign` or `w`.
         """
+        slope: Any = 2 * l2
+        is_factor = self._is_factor(slope)
+        if not is_factor:
+            l1, slope = with_finite_slope(l1, slope, self._compute)
+            is_factor = self._is_factor(slope)
         if self._is_factor(l1) and l1 == 0:
             sign.zero_()  # a product would be -0.0 where w is negative
         else:
             torch.sign(w, out=sign).mul_(self._operand(l1))
             if not self._is_factor(l1):
                 sign.masked_fill_(w == 0, 0.0)  # infinity times sign(0) is NaN
-        slope = 2 * l2
-        if self._is_factor(slope):
+        if is_factor:
             return torch.add(sign, w, alpha=slope, out=out)
         return torch.addcmul(sign, w, torch.as_tensor(slope, device=w.device), out=out)
 

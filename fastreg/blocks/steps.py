@@ -1,5 +1,6 @@
 """Steps of optimizers on the PyTorch path: block by block, with the penalty in cache and PyTorch's fused operators."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +42,7 @@ def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> Non
     """Do what `formulas.take_steps` does, for the parts of one device.
 
     On other devices than the CPU, without PyTorch's fused operators, and with numbers beyond float32, this calls
-    `take_steps`. Raises ValueError for a
-    mode that has no block step, before anything is written.
+    `take_steps`. Raises ValueError for a mode that has no block step, before anything is written.
     """
     mode, grads, step = request.mode, request.grads, request.step
     if step is None or (mode not in _SQUARE and mode not in _WITHOUT_SQUARE):
@@ -50,7 +50,8 @@ def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> Non
     positions = [position for part in parts for position in part.positions]
     on_host = parts[0].device.type == "cpu"
     settings = [type(s)(*[x.item() if isinstance(x, Tensor) else x for x in s]) for s in step.settings if on_host]
-    if not on_host or not HAS_FUSED_STEPS or any(abs(x) > _FLOAT32_MAX for s in settings for x in s):
+    scale = 1.0 if step.grad_scale is None or not on_host else step.grad_scale.item()
+    if not on_host or not HAS_FUSED_STEPS or not all([_fits_float32(s, scale) for s in settings]):
 
         def own(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [tensors[position] for position in positions]
@@ -85,6 +86,15 @@ def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> Non
                         )
     finally:
         give_back(memory)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _fits_float32(s: Any, grad_scale: float) -> bool:
+    """Return whether operators take the settings and all numbers formed of them: beyond float32 they raise."""
+    slope = 2 * getattr(s, "l2", 0.0) + getattr(s, "weight_decay", 0.0)
+    products = (s.lr * s.prox_l1, 2 * s.lr * s.prox_l2, slope * grad_scale, getattr(s, "l1", 0.0) * grad_scale)
+    longest = 2 * s.lr * getattr(s, "reach", 1.0)  # more than what roundings add
+    return all(abs(x) <= _FLOAT32_MAX for x in (*s, *products, longest))
 
 
 class BlockSteps:
@@ -227,7 +237,12 @@ class BlockSteps:
         bottom = torch.sqrt(square, out=self._spare("denominator", w)).add_(s.eps * root)
         bound, spare = self._spare("bound", w), self._spare("spare", w)
         slope = 2 * s.prox_l2
-        if s.prox_l1 != 0:
+        if not self._is_ratio_exact(size * s.prox_l1, slope, s.prox_l1):
+            torch.div(self._memory.number(size, self._compute), bottom, out=bound)
+            torch.neg(torch.mul(bound, s.prox_l1, out=spare), out=bottom)
+            w.sub_(torch.clamp(w, bottom, spare, out=bottom))
+            w.div_(torch.add(self._memory.number(1.0, self._compute), bound, alpha=slope, out=bound))
+        elif s.prox_l1 != 0:
             torch.div(self._memory.number(size * s.prox_l1, self._compute), bottom, out=bound)
             if before is None:
                 bound.clamp_(max=reach)
@@ -241,6 +256,10 @@ class BlockSteps:
             torch.clamp(w, torch.sub(before, reach, out=bound), torch.add(before, reach, out=spare), out=w)
             if step == 1:
                 torch.where(square == 0, before, w, out=w)
+
+    def _is_ratio_exact(self, threshold: float, slope: float, l1: float) -> bool:
+        """Return whether t * slope is t * l1 times a ratio: not with digits lost where t * l1 is next to nothing."""
+        return slope == 0 or l1 == 0 or (threshold >= torch.finfo(self._compute).tiny and slope <= 2.0**100 * l1)
 
     def _spare(self, name: str, w: Tensor) -> Tensor:
         return self._memory.pack(name, self._compute, (w.shape,)).parts[0]

@@ -89,6 +89,11 @@ def moved(strengths: Any, device: torch.device) -> Scale:
 def _product(strength: Any, group: int, factor: Strength) -> Strength:
     if isinstance(strength, Tensor) and strength.ndim:
         strength = strength[group]
+    return times(strength, factor)
+
+
+def times(strength: Strength, factor: Strength) -> Strength:
+    """Return the product, in float64: the dtype of a tensor may be narrower than the weights' arithmetic."""
     one, other = (f.to(accumulate_dtype(f.device)) if isinstance(f, Tensor) else f for f in (strength, factor))
     return one * other
 

@@ -4,14 +4,15 @@
 torch.func trace the expressions here.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
-from fastreg.core.penalty import BasePenalty, Scale, Strength
+from fastreg.core.penalty import BasePenalty, Scale, Strength, times
 from fastreg.core.types import Mode
 
 
@@ -42,10 +43,11 @@ class ElasticNetPenalty(BasePenalty):
         """Return l1 * sign(w) + 2 * l2 * w, in float32 or float64, rounded once to the dtype of `w`."""
         l1, l2 = self.strengths
         wide = w.to(compute_dtype(w.dtype))
-        slope = 2 * l2
+        slope: Any = 2 * l2
         if not isinstance(slope, Tensor):
             # torch.full also accepts a float that torch.compile holds as a symbol.
             slope = torch.full((), slope, dtype=accumulate_dtype(w.device), device=w.device)
+        l1, slope = with_finite_slope(l1, slope, wide.dtype)
         # An l1 beyond the range of float32 is infinite, and inf * sign(0) is NaN. Adding 0 turns -0 into +0.
         signed = torch.where(wide == 0, 0.0, wide.sign() * l1) + 0.0
         return torch.addcmul(signed, wide, slope).to(w.dtype)
@@ -64,10 +66,22 @@ def no_formulas(penalty: BasePenalty, file: str) -> NotImplementedError:
     return NotImplementedError(f"{file} does not have the formulas of {type(penalty).__name__}; add them there")
 
 
+def with_finite_slope(l1: Strength, slope: Strength, dtype: torch.dtype) -> tuple[Strength, Strength]:
+    """Return `l1` and `slope`, or inf and 1 if `slope` is beyond `dtype`.
+
+    The gradient of so large an l2 is infinite, too, except at 0, where inf * 0 would be NaN.
+    """
+    most = torch.finfo(dtype).max
+    if isinstance(slope, Tensor):
+        is_beyond = slope > most
+        return torch.zeros_like(slope).masked_fill(is_beyond, math.inf) + l1, slope.masked_fill(is_beyond, 1.0)
+    return (math.inf, 1.0) if slope > most else (l1, slope)
+
+
 def gradient_derivatives(w: Tensor, l2: Strength, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return `upstream` times the derivatives of the gradient by w (like w), by l1 and by l2 (0-dim float64)."""
     wide = upstream.double()
-    return (upstream * (2 * l2)).to(w.dtype), (wide * w.sign()).sum(), (wide * (2 * w)).sum()
+    return (upstream * times(2.0, l2)).to(w.dtype), (wide * w.sign()).sum(), (wide * (2 * w)).sum()
 
 
 def sums_of_groups(

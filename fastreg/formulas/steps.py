@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastreg.core.dtypes import accumulate_dtype, compute_dtype
+from fastreg.core.penalty import times
 from fastreg.core.types import COUNTING, AdamSettings, ElementwiseProxSettings, Mode, SGDSettings, StepInputs
-from fastreg.formulas.penalty import ElasticNetPenalty, segments_of
+from fastreg.formulas.penalty import ElasticNetPenalty, segments_of, with_finite_slope
 
 
 def with_rounding(reach: float, dtype: torch.dtype) -> float:
@@ -33,6 +34,9 @@ def take_steps(
     Raises ValueError for a mode that has no formula here, before anything is written.
     """
     formula = formula_of(mode)
+    # Products of the numbers are formed in float64, whatever the dtypes of those that are tensors.
+    given: Any = step.settings
+    settings = [type(s)(*[times(x, 1.0) if isinstance(x, Tensor) else x for x in s]) for s in given]
     for i, (w, group) in enumerate(zip(weights, groups, strict=True)):
         count = None if step.steps is None else step.steps[i]
         made = count + 1 if count is not None and mode in COUNTING else count
@@ -43,7 +47,7 @@ def take_steps(
             number = segments[0][1]
             targets = [segment for segment, _ in segments]
             grad = None if grads is None else targets.pop()
-            s: Any = step.settings[number]
+            s = settings[number]
             results = formula(*_in_float(targets, grad, step, s), made, s, w.dtype)
             _write(targets, results, step.found_inf)
         if count is not None and mode in COUNTING:
@@ -70,8 +74,8 @@ def _write(targets: Sequence[Tensor], results: Sequence[Any], found_inf: Tensor 
 
 def _with_penalty(grad: Tensor, w: Tensor, s: SGDSettings | AdamSettings) -> Tensor:
     """Add the gradients of the penalty and of weight decay that is not decoupled."""
-    slope = 2 * s.l2 + s.weight_decay * (1 - s.is_decoupled)
-    grad = grad + torch.where(w == 0, 0.0, w.sign() * s.l1)
+    l1, slope = with_finite_slope(s.l1, 2 * s.l2 + s.weight_decay * (1 - s.is_decoupled), w.dtype)
+    grad = grad + torch.where(w == 0, 0.0, w.sign() * l1)
     return grad if not isinstance(slope, Tensor) and slope == 0 else grad + w * slope  # infinity times 0 is NaN
 
 

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from fastreg.core.checks import warn_user
 from fastreg.core.penalty import add_results
 from fastreg.core.types import Mode, Request, Work
-from fastreg.optim.base import Penalized
+from fastreg.optim.base import Penalized, makes_states_only
 from fastreg.optim.step_size import check_metric, elementwise_inputs, is_elementwise, step_sizes
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.gradient import add_gradient
@@ -64,6 +64,8 @@ class Attachment:
             )
 
         def add(optimizer: Optimizer) -> None:
+            if makes_states_only(optimizer):
+                return
             work = current()
             membership.groups(optimizer, work)
             # A fused optimizer under GradScaler unscales the gradients itself: here they still carry the scale.

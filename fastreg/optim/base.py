@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fastreg.core.checks import Impl, check_impl, check_tensors, warn_user
 from fastreg.core.dtensor import any_dtensor
-from fastreg.core.penalty import Strength, add_results
+from fastreg.core.penalty import Strength, add_results, times
 from fastreg.core.strengths import check_strength, checked, penalty_of_groups
 from fastreg.core.torch_private import unscales_gradients
 from fastreg.core.types import COUNTING, Mode, Request, Settings, StepInputs, Want, Work, states_of
@@ -42,6 +42,10 @@ class Plan(NamedTuple):
     batches: list[StepBatch]
 
 
+# The penalty's options of a param group, and their values without a penalty.
+_OFF: dict[str, Any] = {"l1": 0.0, "l2": 0.0, "prox": False}
+
+
 @unscales_gradients
 class Penalized(Optimizer):
     """A mixin in front of one of torch.optim's classes, for a step with the penalty in it.
@@ -54,6 +58,7 @@ class Penalized(Optimizer):
     _track = False
     _impl: Impl = None
     _tracked: list[Penalty | None]  # the last one, in a list: compiled code cannot set attributes of an optimizer
+    _lacking: list[list[str]]  # of each param group, the options of the penalty that the last loaded state lacked
 
     def _init_penalty(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
         """Add the penalty's options to those of torch.optim's class, whose constructor must have run."""
@@ -92,7 +97,7 @@ class Penalized(Optimizer):
 
     def _add_options(self, group: dict[str, Any], number: int) -> None:
         """Add the missing options of param group `number`, and check all of them."""
-        for name in ("l1", "l2", "prox"):
+        for name in _OFF:
             group.setdefault(name, self.defaults[name])
         # There is one implementation. With fused=True, torch.optim's class looks for the counters on the device when it
         # loads a checkpoint.
@@ -101,13 +106,22 @@ class Penalized(Optimizer):
         self._settings(group, number, is_first=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as in torch.optim. Groups without l1, l2 and prox get 0, 0 and False, with a warning."""
-        had = self.has_strengths
+        """Load a state, as in torch.optim. Groups without l1, l2 or prox get 0, 0 or False, with a warning if they had
+        others.
+        """
+        before = [{name: group[name] for name in _OFF} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        if had and not any("l1" in group for group in state_dict["param_groups"]):
+        lost = [
+            i
+            for i, (own, lacking) in enumerate(zip(before, self._lacking, strict=True))
+            if any(isinstance(own[name], Tensor) or own[name] != _OFF[name] for name in lacking)
+        ]
+        if lost:
+            names = [name for name in _OFF if any(name in self._lacking[i] for i in lost)]
             warn_user(
-                "the loaded state has no l1 and l2, as one of torch.optim's class; all groups now have l1=0, l2=0: "
-                'assign group["l1"] and group["l2"] of optimizer.param_groups anew'
+                f"the loaded state has no {' and '.join(names)} for param group{'s' * (len(lost) > 1)} "
+                f"{' and '.join(map(str, lost))}, as a state of torch.optim's class: there, "
+                f"{', '.join(f'{name} is now {_OFF[name]}' for name in names)}; assign them in optimizer.param_groups"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,10 +130,10 @@ class Penalized(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan, self._tracked = None, [None]
+        self._lacking = [[name for name in _OFF if name not in group] for group in self.param_groups]
         for group in self.param_groups:
-            group.setdefault("l1", 0.0)
-            group.setdefault("l2", 0.0)
-            group.setdefault("prox", False)
+            for name, value in _OFF.items():
+                group.setdefault(name, value)
             group["fused"], group["foreach"] = True, None
 
     @torch.no_grad()
@@ -134,6 +148,9 @@ class Penalized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         works, new_states = self._step_works()
+        if new_states and makes_states_only(self):
+            self.state.update(new_states)
+            return loss
         measures = apply_steps(works)
         if new_states:
             # If infinite gradients skipped a first step, discard its states. Reading the flag waits for the device.
@@ -247,6 +264,22 @@ def _is_counter(step: object, p: Tensor) -> bool:
     return isinstance(step, Tensor) and step.device == p.device and step.dtype == torch.float32
 
 
+def makes_states_only(optimizer: Optimizer) -> bool:
+    """Return whether this is the step by which torch.distributed.checkpoint learns the names of an optimizer's states.
+
+    That is a first step of all parameters with lr=0 and zero gradients, in which a penalty would enter the moments.
+    The gradients are read, which waits for the device, only if every lr is the number 0 and there is no state.
+    """
+    if optimizer.state or torch.compiler.is_compiling():
+        return False
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
+            return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(grad.layout != torch.strided or bool(grad.any()) for grad in grads)
+
+
 def learning_rate(group: dict[str, Any], number: int) -> Strength:
     """Return the lr of param group `number`; ValueError if it has none or one that is negative, NaN or infinite."""
     lr = group.get("lr")
@@ -269,4 +302,6 @@ def penalty_strengths(
     l1, l2 = (check_strength(group[name], f"{name} of param group {number}") for name in ("l1", "l2"))
     if not isinstance(group["prox"], bool):
         raise TypeError(f"prox of param group {number} must be True or False, got {group['prox']!r}")
-    return (0.0, 0.0, l1 * factor, l2 * factor) if group["prox"] else (l1, l2, 0.0, 0.0)
+    if not group["prox"]:
+        return l1, l2, 0.0, 0.0
+    return (0.0, 0.0, l1, l2) if factor == 1 else (0.0, 0.0, times(l1, factor), times(l2, factor))

@@ -24,7 +24,8 @@ class SGD(Penalized, torch.optim.SGD):
             a GPU that moves no more bytes, on a CPU it is one more pass over the weights.
         impl: as of `fastreg.elastic_penalty`.
 
-    State dicts are those of torch.optim.SGD and go both ways: groups of a state without l1 and l2 get 0.
+    State dicts are those of torch.optim.SGD and go both ways: groups of a state without l1, l2 or prox get 0 or False,
+    with a warning if they had others.
 
     Raises:
         ValueError: negative, NaN or infinite strengths; maximize or differentiable; momentum from 1 on with prox.

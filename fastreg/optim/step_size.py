@@ -51,7 +51,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RMSprop
 
 from fastreg.core.dtypes import accumulate_dtype
-from fastreg.core.penalty import Strength
+from fastreg.core.penalty import Strength, times
 from fastreg.core.strengths import penalty_of_groups
 from fastreg.core.types import ElementwiseProxSettings, Mode, StepInputs, Work
 from fastreg.formulas.penalty import ElasticNetPenalty, no_formulas
@@ -247,9 +247,9 @@ def step_sizes(optimizer: Optimizer, metric: str) -> list[Strength]:
     for i, group in enumerate(optimizer.param_groups):
         lr = learning_rate(group, i)
         if isinstance(size, ScalarStepSize):
-            lr = lr * size.factor(group)
+            lr = times(lr, size.factor(group))
         if found_inf is not None:
-            lr = (found_inf == 0).to(accumulate_dtype(found_inf.device)) * lr
+            lr = times((found_inf == 0).to(accumulate_dtype(found_inf.device)), lr)
         sizes.append(lr)
     return sizes
 
@@ -289,7 +289,7 @@ def elementwise_inputs(optimizer: Optimizer, work: Work, param_groups: Sequence[
         options = optimizer.param_groups[number]
         lr = learning_rate(options, number)
         if size.factor is not None:
-            lr = lr * (factor.number if isinstance(factor, Unequal) else factor)
+            lr = times(lr, factor.number if isinstance(factor, Unequal) else factor)
         settings.append(ElementwiseProxSettings(lr, l1, l2, *size.limits(options), steps_made))
     penalty = penalty_of_groups(type(work.penalty), rows, work.weights[0].device)
     found_inf = getattr(optimizer, "found_inf", None)

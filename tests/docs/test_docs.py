@@ -112,7 +112,7 @@ def run_recipes(page: Path) -> dict[str, Any]:
         "fastreg": fastreg, "torch": torch, "np": np, "model": model, "x": x, "y": y, "loader": [(x, y)] * 3,
         "criterion": criterion, "optimizer": optimizer, "logged": logged, "log": lambda *values: logged.append(values),
         "reg": fastreg.ElasticNet(model), "lr": 1e-2, "fit": fit, "coefficients": [], "fully_shard": fully_shard,
-        "layer": nn.Linear(20, 1), "weight": next(model.parameters()),
+        "layer": nn.Linear(20, 1), "weight": next(model.parameters()), "loaded": {},
     }  # fmt: skip
     for block in recipes(page):
         exec(compile(block, page.name, "exec"), namespace)

@@ -43,9 +43,9 @@ def gradient(w: torch.Tensor, l1: float, l2: float) -> np.ndarray:
     real = _formula_dtype(w.dtype)
     values = array(w)
     with np.errstate(all="ignore"):
-        # sign(0) is 0 for any l1, though float32 has no number for one beyond 3e38.
-        signed = np.where(values == 0, 0.0, np.float64(real(l1)) * np.sign(values))
-        return signed + np.float64(real(2 * l2)) * values
+        # 0 is 0 for any strengths, though float32 has no number for those beyond 3e38.
+        slope = np.float64(real(l1)) * np.sign(values) + np.float64(real(2 * l2)) * values
+        return np.where(values == 0, 0.0, slope)
 
 
 def prox(w: torch.Tensor, l1: float, l2: float, lr: float) -> np.ndarray:
