@@ -86,10 +86,11 @@ def elastic_penalty(
             `include` matches nothing. A weight is in two groups. A group key looks misspelled.
         TypeError: A weight is integer, complex, sparse, quantized or on the meta device. An argument has the wrong
             type.
-        RuntimeError: impl="triton" cannot run here. Later, in backward: a weight was changed after this call.
+        RuntimeError: impl="triton" cannot run here. A weight has no memory: its storage was freed, or it is a
+            placeholder of DeepSpeed's ZeRO-3. Later, in backward: a weight was changed after this call.
 
     Warns:
-        UserWarning: `exclude` matches nothing.
+        UserWarning: `exclude` matches nothing. Two weights share memory, so that their common elements count twice.
 
     Examples:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)
@@ -163,7 +164,7 @@ def elastic_prox_(
 
     Raises:
         ValueError: As in `elastic_penalty`, or `lr` is negative, NaN or infinite, or a weight is expanded, so that its
-            elements share memory.
+            elements share memory, or two weights share memory.
         TypeError: As in `elastic_penalty`.
         RuntimeError: impl="triton" cannot run here, or a weight cannot be changed in place.
 

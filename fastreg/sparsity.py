@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.core.checks import check_tensors
 from fastreg.core.dtensor import local_shards
 from fastreg.core.torch_private import no_subclass
 from fastreg.core.types import Work
@@ -29,7 +30,9 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
         ValueError: As in `elastic_penalty`, or the selected weights have no elements.
         TypeError: As in `elastic_penalty`.
     """
-    weights = select(params, ElasticNetPenalty((0.0, 0.0)), include, exclude, None).weights
+    work = select(params, ElasticNetPenalty((0.0, 0.0)), include, exclude, None)
+    weights = work.weights
+    check_tensors(work.names, weights)
     total = sum(w.numel() for w in weights)
     if total == 0:
         raise ValueError("nothing selected: the selected parameters have no elements")
@@ -64,6 +67,7 @@ def summary_of(work: Work, params: Any, exclude: Filter) -> str:
 
 def _zeros(work: Work) -> list[int]:
     """Return the number of elements of each weight that are exactly zero, over all ranks."""
+    check_tensors(work.names, work.weights)
     with torch.no_grad(), no_subclass():
         parts = local_shards(work.weights)
         first = parts[0].device

@@ -8,7 +8,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastreg.core.dtensor import dtensor_problem, is_dtensor, local_shard
+from fastreg.core.dtensor import dtensor_problem, is_dtensor, local_shard, local_shards
+from fastreg.core.layout import find_overlap, memory_span
+from fastreg.core.torch_private import is_transformed, is_zerotensor
 
 Impl: TypeAlias = Literal["triton", "torch"] | None
 
@@ -16,7 +18,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensors(names: Sequence[str], weights: Sequence[Tensor]) -> None:
-    """Raise TypeError for the first weight that cannot be penalized, with its name and a way out."""
+    """Raise TypeError or RuntimeError for the first weight that cannot be penalized, with its name and a way out.
+
+    RuntimeError is for a weight whose values are not in memory at the moment.
+    """
+    has_memory = not torch.compiler.is_compiling() and not is_transformed()
     for name, weight in zip(names, weights, strict=True):
         problem = _problem(weight)
         if problem is None and is_dtensor(weight):
@@ -24,6 +30,52 @@ def check_tensors(names: Sequence[str], weights: Sequence[Tensor]) -> None:
             problem = dtensor_problem(weight) or _problem(local_shard(weight))
         if problem is not None:
             raise TypeError(f"parameter {name!r} {problem}")
+        problem = _missing_values(local_shard(weight)) if has_memory else None
+        if problem is not None:
+            raise RuntimeError(f"parameter {name!r} {problem}")
+
+
+def warn_of_overlap(names: Sequence[str], weights: Sequence[Tensor]) -> None:
+    """Warn if two weights have elements in common, which count twice."""
+    pair = find_overlap(local_shards(weights))
+    if pair is not None:
+        warn_user(
+            f"{_shared(names, pair)}: their common elements count twice; exclude one of them, or make them one "
+            "parameter"
+        )
+
+
+def check_overlap(names: Sequence[str], pair: tuple[int, int] | None) -> None:
+    """Raise ValueError if `pair`, the result of `find_overlap`, is not None. Such weights cannot be written."""
+    if pair is not None:
+        raise ValueError(
+            f"{_shared(names, pair)}: a step would change their common elements once or twice, by chance; leave one "
+            "of them out, or make them one parameter"
+        )
+
+
+def _shared(names: Sequence[str], pair: tuple[int, int]) -> str:
+    first, second = sorted(pair)
+    return f"parameters {names[first]!r} and {names[second]!r} share memory"
+
+
+def _missing_values(tensor: Tensor) -> str | None:
+    """Return why the values of a supported tensor are not in its memory, as the end of a sentence, or None."""
+    n_elements = getattr(tensor, "ds_numel", None)
+    if n_elements is not None and n_elements != tensor.numel():
+        return (
+            f"is a placeholder of DeepSpeed's ZeRO-3, which keeps its {n_elements} elements on several ranks; call "
+            "this inside deepspeed.zero.GatheredParameters(...), or train with an optimizer of fastreg.optim"
+        )
+    offset = tensor.storage_offset() * tensor.element_size()
+    needed = offset + memory_span(tensor) if tensor.numel() else 0
+    present = tensor.untyped_storage().nbytes()
+    if present < needed and not is_zerotensor(tensor):
+        return (
+            f"has no memory for its values: its storage has {present} of {needed} bytes, as after "
+            "untyped_storage().resize_(0); restore it first, or exclude it"
+        )
+    return None
 
 
 def _problem(tensor: Tensor) -> str | None:

@@ -5,6 +5,7 @@ hundreds of tensors. So Python reads each tensor's address only, and torch.compi
 """
 
 import enum
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -97,6 +98,7 @@ class Layout:
         self.value_dtype = value_dtype([w.dtype for w in weights])
         self.groups = list(groups)
         self.identity = _identity(weights, self.addresses)
+        self.overlap = find_overlap(weights)
         self.notes = Notes()
         self._guards = snapshot(weights)
         by_device: dict[torch.device, dict[torch.dtype, Part]] = {}
@@ -135,6 +137,9 @@ def store_layout(weights: Sequence[Tensor], groups: list[int | range]) -> Layout
     """Create the layout of dense `weights` and cache it."""
     layout = Layout(weights, groups)
     key = layout.addresses[0], len(layout.addresses)
+    if not any(layout.addresses):
+        # Empty tensors have no address by which others, such as placeholders of a sharding engine, would be noticed.
+        return layout
     with _STORING:
         while len(_LAYOUTS) >= MOST_KEYS and key not in _LAYOUTS:
             del _LAYOUTS[next(iter(_LAYOUTS))]
@@ -150,6 +155,52 @@ def forget_layouts() -> None:
     """Clear the cache."""
     with _STORING:
         _LAYOUTS.clear()
+
+
+def find_overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Return the indices of two plain tensors that have elements in common in memory, or None."""
+    spans = sorted([(str(t.device), t.data_ptr(), i) for i, t in enumerate(tensors) if t.numel()])
+    clusters: list[list[int]] = []  # tensors whose spans of memory overlap
+    here, end = "", 0
+    for device, start, i in spans:
+        if device != here or start >= end:
+            clusters.append([])
+            here, end = device, start
+        clusters[-1].append(i)
+        end = max(end, start + memory_span(tensors[i]))
+    pairs = [_overlap_in(tensors, cluster) for cluster in clusters if len(cluster) > 1]
+    return next((pair for pair in pairs if pair is not None), None)
+
+
+def _overlap_in(tensors: Sequence[Tensor], cluster: Sequence[int]) -> tuple[int, int] | None:
+    """Return two tensors of a cluster that have elements in common. Without gaps, the first two have some."""
+    if is_dense(tensors[cluster[0]]) and is_dense(tensors[cluster[1]]):
+        return cluster[0], cluster[1]
+    start = tensors[cluster[0]].data_ptr()
+    end = max(tensors[i].data_ptr() + memory_span(tensors[i]) for i in cluster)
+    lengths = [t.element_size() * n for t in map(tensors.__getitem__, cluster) for n in (1, *t.stride())]
+    unit = math.gcd(*lengths, *[tensors[i].data_ptr() - start for i in cluster])
+    is_used = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
+
+    def elements(i: int) -> Tensor:
+        size, strides = tensors[i].element_size() // unit, tensors[i].stride()
+        shape = [n if stride else 1 for n, stride in zip(tensors[i].shape, strides, strict=True)]
+        steps = [stride * size for stride in strides]
+        return is_used.as_strided((*shape, size), (*steps, 1), (tensors[i].data_ptr() - start) // unit)
+
+    for n, i in enumerate(cluster):
+        if elements(i).any():
+            is_used.zero_()
+            elements(i).fill_(True)
+            return next(j for j in cluster[:n] if elements(j).any()), i
+        elements(i).fill_(True)
+    return None
+
+
+def memory_span(tensor: Tensor) -> int:
+    """Return the number of bytes from the first element of a non-empty tensor to the end of the last one."""
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    return (last + 1) * tensor.element_size()
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastreg.core.checks import Impl, check_impl, check_tensors, warn_user
-from fastreg.core.dtensor import any_dtensor
+from fastreg.core.checks import Impl, check_impl, check_overlap, check_tensors, warn_user
+from fastreg.core.dtensor import any_dtensor, local_shards
+from fastreg.core.layout import find_overlap
 from fastreg.core.penalty import Strength, add_results, times
 from fastreg.core.strengths import check_strength, checked, penalty_of_groups
 from fastreg.core.torch_private import unscales_gradients
@@ -197,10 +198,13 @@ class Penalized(Optimizer):
             for i, p in enumerate(group["params"])
             if p.grad is not None
         ]
-        check_tensors([name for name, _, _ in stepped], [p for _, p, _ in stepped])
+        names, params = [name for name, _, _ in stepped], [p for _, p, _ in stepped]
+        check_tensors(names, params)
+        if not is_traced_now():
+            check_overlap(names, find_overlap(local_shards(params)))
         batches: dict[Mode, StepBatch] = {}
         new_states: list[tuple[Tensor, dict[str, Any]]] = []
-        is_sharded = any_dtensor([p for _, p, _ in stepped])
+        is_sharded = any_dtensor(params)
         for name, p, number in stepped:
             mode = self._mode(self.param_groups[number])
             batch = batches.setdefault(mode, StepBatch(mode, [], [], [], [], [], is_sharded))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastreg.core.checks import Impl, check_impl, check_reduce, check_tensors
+from fastreg.core.checks import Impl, check_impl, check_reduce, check_tensors, warn_of_overlap
 from fastreg.core.dtensor import any_dtensor
 from fastreg.core.layout import Layout, find_layout
 from fastreg.core.penalty import BasePenalty
@@ -51,6 +51,9 @@ class Selection:
         self._is_sharded = any_dtensor(weights)
         # The last call's layout. A thread in inference mode or autocast may replace it by one for the same memory.
         self.layout: Layout | None = None
+        self._addresses: list[int] | None = None  # of the plain weights that were last compared with each other
+        if not torch.compiler.is_compiling() and not is_transformed():
+            self._compare_memory(weights)
 
     @property
     def weights(self) -> Sequence[Tensor]:
@@ -86,7 +89,16 @@ class Selection:
         else:
             same = _traits(tensors) == self._traits_of_all
             self.layout = find_layout(weights, self.groups) if same and not self._is_sharded else None
+            if self.layout is None and same and not self._is_sharded:
+                self._compare_memory(weights)
         return tensors if same else None
+
+    def _compare_memory(self, weights: Sequence[Tensor]) -> None:
+        """Warn, once for the same memory, if two weights share some."""
+        addresses = [] if self._is_sharded else list(map(Tensor.data_ptr, weights))
+        if addresses != self._addresses:
+            self._addresses = addresses
+            warn_of_overlap(self.names, weights)
 
     def work_can_be_kept(self, penalty: BasePenalty) -> bool:
         """Return whether `work` may be cached: not if it combines the user's tensors into new ones at each call."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastreg.blocks.sweep import block_sweep
-from fastreg.core.checks import check_tensors
-from fastreg.core.layout import find_layout, is_dense, store_layout
+from fastreg.core.checks import check_overlap, check_tensors
+from fastreg.core.layout import find_layout, find_overlap, is_dense, store_layout
 from fastreg.core.penalty import Measure, moved
 from fastreg.core.torch_private import is_zerotensor, no_subclass
 from fastreg.core.types import Mode, Request, Want, Work
@@ -21,13 +21,18 @@ from fastreg.core.types import Mode, Request, Want, Work
 def local_sweep(work: Work, request: Request) -> Measure | None:
     """Sweep over `work.weights`, plain tensors of any strides. Call it under no_grad.
 
-    Raise TypeError for a weight that is no longer a supported tensor, and RuntimeError for impl="triton" where it
-    cannot run.
+    Raise TypeError or RuntimeError for a weight that is no longer supported, ValueError for weights that are to be
+    written and share memory, and RuntimeError for impl="triton" where it cannot run.
     """
     dense, staged = work, request
     if work.layout is None:
         dense = _with_layout(work)
     layout: Any = dense.layout
+    writes_weights = request.mode is Mode.PROX or request.step is not None
+    if writes_weights:
+        overlap = layout.overlap if dense.weights is work.weights else find_overlap(work.weights)
+        if overlap is not None:
+            check_overlap(work.names, overlap)
     if not request.are_checked:
         staged = _staged(dense, request)
     # Choose all backends before the first write, so that an error changes nothing.
@@ -41,7 +46,7 @@ def local_sweep(work: Work, request: Request) -> Measure | None:
             else:
                 here = dense._replace(penalty=work.penalty.on(device))
                 measures.append(backend(parts, here, staged._replace(scale=moved(request.scale, device))))
-    if dense.weights is not work.weights and (request.mode is Mode.PROX or request.step is not None):
+    if dense.weights is not work.weights and writes_weights:
         _copy_back(dense.weights, work.weights)
     if staged is not request:
         _copy_back(_written(staged), _written(request))

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.core.checks import check_overlap, check_tensors
 from fastreg.core.dtensor import as_placed, is_dtensor, local_shard
-from fastreg.core.layout import find_layout
+from fastreg.core.layout import find_layout, find_overlap
 from fastreg.core.penalty import Measure
 from fastreg.core.types import Request, StepInputs, Work
 from fastreg.sweep.dispatch import sweep
@@ -31,6 +32,10 @@ def apply_steps(batches: Sequence[tuple[Work, Request]]) -> list[Measure | None]
         if notes is not None and notes.are_writable and notes.grads_match(request.mode, [*grads, *step.tensors()]):
             request = request._replace(are_checked=True)
         else:
+            if notes is None and not (work.is_traced or work.is_sharded):
+                # A sweep checks this too, but an earlier batch would be written by then.
+                check_tensors(work.names, work.weights)
+                check_overlap(work.names, find_overlap(work.weights))
             _check_step(work, grads, step)
             if notes is not None:
                 notes.are_writable = not torch.is_inference_mode_enabled()
