@@ -82,9 +82,7 @@ class Attachment:
                 add(optimizer)
                 return None
             membership.groups(optimizer, current())  # raises before the closure, which may take long
-            computing = ClosureWithGradient(closure, optimizer, add)
-            args = tuple(computing if arg is closure else arg for arg in args)
-            return args, {key: computing if arg is closure else arg for key, arg in kwargs.items()}
+            return _with_closure(args, kwargs, closure, ClosureWithGradient(closure, optimizer, add))
 
         def check_added(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
             closure = _closure_of(args, kwargs)
@@ -94,11 +92,28 @@ class Attachment:
                     "gradient would have been added: this step was made without it; call step() without a closure"
                 )
 
-        def check(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
+        had_grad: set[int] = set()  # ids of the weights that the step will move: others may clear .grad after the step
+
+        def note() -> None:
+            had_grad.clear()
+            had_grad.update([id(w) for w in current().weights if w.grad is not None])
+
+        def check(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
             if _is_inner_step(optimizer):
-                return
+                return None
             membership.groups(optimizer, current())  # raises before the step, not half way
             check_metric(optimizer, by)
+            closure = _closure_of(args, kwargs)
+            if closure is None:
+                note()
+                return None
+
+            def closure_and_note() -> Any:
+                result = closure()
+                note()
+                return result
+
+            return _with_closure(args, kwargs, closure, closure_and_note)
 
         def shrink(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> None:
             if _is_inner_step(optimizer):
@@ -106,7 +121,8 @@ class Attachment:
             work = current()
             groups = membership.groups(optimizer, work)
             with torch.no_grad():
-                publish(_shrink(optimizer, work, groups, by))
+                publish(_shrink(optimizer, work, groups, by, had_grad))
+            had_grad.clear()
 
         before, after = (add_before, check_added) if mode == "grad" else (check, shrink)
         self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
@@ -149,6 +165,12 @@ def _closure_of(args: Arguments, kwargs: Keywords) -> Any:
     return next(filter(callable, (*args[1:], *kwargs.values())), None)
 
 
+def _with_closure(args: Arguments, kwargs: Keywords, closure: Any, other: Any) -> tuple[Arguments, Keywords]:
+    """Return the arguments of `step` with `other` in place of `closure`."""
+    replaced = tuple(other if arg is closure else arg for arg in args)
+    return replaced, {key: other if arg is closure else arg for key, arg in kwargs.items()}
+
+
 def _is_inner_step(optimizer: Optimizer) -> bool:
     """Whether a hook runs for a `super().step()`: PyTorch calls the hooks for it as well as for the whole step."""
     if torch.compiler.is_compiling():
@@ -162,13 +184,20 @@ def _is_inner_step(optimizer: Optimizer) -> bool:
     return False
 
 
-def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Any:
-    """Shrink the weights, which are in the param groups `groups`, and return the value before it."""
+def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str, had_grad: set[int]) -> Any:
+    """Shrink the weights, which are in the param groups `groups`, and return the value before it.
+
+    The ids in `had_grad` are those of weights with a gradient before the step.
+    """
     is_by_element = is_elementwise(optimizer, metric)
     stepped = [True] * len(groups)
     if metric != "lr":
         # The optimizer made no step of weights without a gradient, or without a state yet. They count in the value.
-        stepped = [w.grad is not None and (not is_by_element or bool(optimizer.state.get(w))) for w in work.weights]
+        has_grad = [w.grad is not None or id(w) in had_grad for w in work.weights]
+        stepped = [
+            has and (not is_by_element or bool(optimizer.state.get(w)))
+            for w, has in zip(work.weights, has_grad, strict=True)
+        ]
     results = []
     if not all(stepped):
         results.append(_value(work.subset([not s for s in stepped])))

@@ -65,8 +65,8 @@ def _check_leaves(work: Work) -> None:
     for name, w in zip(work.names, work.weights, strict=True):
         if not w.is_leaf:
             raise ValueError(
-                f"parameter {name!r} is computed from other tensors, so its .grad is not used: pass the parameters that "
-                "it is computed from, or add the penalty to the loss"
+                f"parameter {name!r} is computed from other tensors, so its .grad is not used: pass the parameters "
+                "that it is computed from, or add the penalty to the loss"
             )
 
 
