@@ -18,7 +18,7 @@ from fastreg.core.torch_private import is_transformed
 from fastreg.core.types import Groups, Work
 from fastreg.selection.candidates import HeldCandidates, remembered_candidates
 from fastreg.selection.filters import Filter, bias_and_norm, filtered
-from fastreg.selection.fsdp import check_fsdp
+from fastreg.selection.fsdp import check_fsdp, reshard
 from fastreg.selection.params import Candidate, OwnStrengths, collect
 
 
@@ -87,6 +87,10 @@ class Selection:
             same = _traits(tensors) == self._traits_of_all
             self.layout = find_layout(weights, self.groups) if same and not self._is_sharded else None
         return tensors if same else None
+
+    def reshard(self) -> None:
+        """Let FSDP2 show its sharded parameters again."""
+        reshard(self._modules)
 
     def work_can_be_kept(self, penalty: BasePenalty) -> bool:
         """Return whether `work` may be cached: not if it combines the user's tensors into new ones at each call."""
