@@ -18,6 +18,7 @@ from fastreg.optim.step_size import check_metric, elementwise_inputs, is_element
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.gradient import add_gradient
 from fastreg.sweep.prox import apply_elementwise_prox, apply_prox_of_groups
+from fastreg.sweep.sharded import Ownership, split_by_mesh
 
 # By optimizer, to notice two penalties on the same weights.
 _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
@@ -162,6 +163,9 @@ def _is_inner_step(optimizer: Optimizer) -> bool:
 
 def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) -> Any:
     """Shrink the weights, which are in the param groups `groups`, and return the value before it."""
+    ownership = Ownership(work.weights, all_reduce=True) if work.is_sharded else None
+    if ownership is not None:
+        work, _ = split_by_mesh(work, ownership)
     is_by_element = is_elementwise(optimizer, metric)
     stepped = [True] * len(groups)
     if metric != "lr":
@@ -178,7 +182,7 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str) ->
         else:
             measured = apply_prox_of_groups(moving, step_sizes(optimizer, metric), own_groups)
             results.append(work.penalty.result(measured))
-    return add_results(results)
+    return add_results(results) if ownership is None else ownership.result(type(work.penalty), results)
 
 
 def _value(work: Work) -> Any:

@@ -17,6 +17,7 @@ from fastreg.core.types import COUNTING, Mode, Request, Settings, StepInputs, Wa
 from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.params import check_keys
 from fastreg.sweep.dispatch import is_traced_now
+from fastreg.sweep.sharded import Ownership, split_by_mesh
 from fastreg.sweep.steps import apply_steps
 
 
@@ -134,6 +135,9 @@ class Penalized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         works, new_states = self._step_works()
+        ownership = self._ownership() if self._track else None
+        if ownership is not None:
+            works = [split_by_mesh(work, ownership, request) for work, request in works]
         measures = apply_steps(works)
         if new_states:
             # If infinite gradients skipped a first step, discard its states. Reading the flag waits for the device.
@@ -143,9 +147,19 @@ class Penalized(Optimizer):
                     self.state[p] = state
         if self._track:
             results = [work.penalty.result(each) for (work, _), each in zip(works, measures, strict=True)]
-            if results:
+            if ownership is not None:
+                self._tracked[0] = ownership.result(ElasticNetPenalty, results)
+            elif results:
                 self._tracked[0] = add_results(results)
         return loss
+
+    def _ownership(self) -> Ownership | None:
+        """Return which rank counts which parameter; None if none is sharded.
+
+        All parameters count: ranks may differ in which of them have gradients.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        return Ownership(params, all_reduce=True) if any_dtensor(params) else None
 
     def _step_works(self) -> tuple[list[tuple[Work, Request]], list[tuple[Tensor, dict[str, Any]]]]:
         """Return the steps to make, and the new states of parameters that make their first step."""
