@@ -39,9 +39,7 @@ class Attachment:
         current: Callable[[], Work],  # the work at this moment
         publish: Callable[[Any], None],  # gets the value at each step
     ) -> None:
-        # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
-        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = optimizer.optimizer
+        optimizer = _unwrapped(optimizer)
         check_mode(mode, metric)
         _check_optimizer(optimizer, mode, metric)
         by = metric or "optimizer"
@@ -123,6 +121,27 @@ class Attachment:
         self._weight_ids.clear()
 
 
+_FOR_DEEPSPEED = (
+    "DeepSpeed steps copies of the weights, which an attached penalty does not reach: give deepspeed.initialize an "
+    "optimizer of fastreg.optim with l1 and l2 instead"
+)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside wrappers such as Accelerate's and Lightning's, whose own hooks never run.
+
+    Raise TypeError for DeepSpeed's optimizers, which are no torch.optim.Optimizer.
+    """
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        for each in (optimizer, inner):
+            if not isinstance(each, Optimizer) and type(each).__module__.split(".")[0] == "deepspeed":
+                raise TypeError(_FOR_DEEPSPEED)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+
+
 class ClosureWithGradient:
     """A closure of `step`, and the penalty's gradient added to those that it computes."""
 
@@ -202,6 +221,12 @@ def check_mode(mode: str, metric: str | None) -> None:
 def _check_optimizer(optimizer: Any, mode: str, metric: str | None) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not hasattr(optimizer, "defaults"):  # as every optimizer that has called Optimizer.__init__
+        names = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+        raise TypeError(
+            f"{type(optimizer).__name__} wraps an optimizer and has no hooks of its own; attach to the one inside"
+            + (f", .{names[0]}" if names else "")
+        )
     if isinstance(optimizer, LBFGS):
         raise TypeError("LBFGS evaluates its closure's loss several times a step: add the penalty to that loss")
     if mode == "grad" and isinstance(optimizer, SparseAdam):
@@ -234,6 +259,7 @@ class _Membership:
                 raise ValueError(
                     f"parameter {name!r} is not in the optimizer, which would never step it; exclude it, or make the "
                     "optimizer of the parameters of this model"
+                    + (f". {_FOR_DEEPSPEED}" if "deepspeed" in sys.modules else "")
                 )
         self._found = [group_of[id(w)] for w in work.weights]
         self._weights, self._params = work.weights, params

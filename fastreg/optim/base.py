@@ -1,6 +1,7 @@
 """What the optimizers of `fastreg.optim` share: options, states, and the way from `step` to the sweep."""
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +55,9 @@ class Penalized(Optimizer):
     _plan: Plan | None = None
     _track = False
     _impl: Impl = None
-    _tracked: list[Penalty | None]  # the last one, in a list: compiled code cannot set attributes of an optimizer
+    # Lists, because compiled code cannot set attributes of an optimizer.
+    _tracked: list[Penalty | None]
+    _was_stepped: list[bool]
 
     def _init_penalty(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
         """Add the penalty's options to those of torch.optim's class, whose constructor must have run."""
@@ -67,6 +70,7 @@ class Penalized(Optimizer):
         )
         for i, group in enumerate(self.param_groups):
             self._add_options(group, i)
+        self._was_stepped = [False]
 
     @property
     def last(self) -> Penalty | None:
@@ -116,7 +120,7 @@ class Penalized(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._tracked = None, [None]
+        self._plan, self._tracked, self._was_stepped = None, [None], [True]  # a copy need not step
         for group in self.param_groups:
             group.setdefault("l1", 0.0)
             group.setdefault("l2", 0.0)
@@ -130,6 +134,7 @@ class Penalized(Optimizer):
         Raises RuntimeError for sparse gradients, TypeError for gradients or states that do not fit their weights, and
         ValueError for invalid options, before anything is changed.
         """
+        self._was_stepped[0] = True  # for __del__
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -245,6 +250,16 @@ class Penalized(Optimizer):
                 if not isinstance(old.get(name), Tensor):
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+    def __del__(self) -> None:
+        # Accelerate and Trainer may replace the optimizer that they are given, without a word.
+        if "deepspeed" in sys.modules and not getattr(self, "_was_stepped", [True])[0] and self.has_strengths:
+            warn_user(
+                f"this fastreg.optim.{type(self).__name__} has strengths but was never stepped, so its penalty was not "
+                "applied. With offload, Accelerate replaces it by DeepSpeedCPUAdam unless DeepSpeed's configuration "
+                "has zero_force_ds_cpu_optimizer: false. Under DeepSpeed, Trainer takes optimizer_cls_and_kwargs, not "
+                "optimizers"
+            )
 
     # A subclass defines these two.
 
