@@ -1,5 +1,6 @@
 """`Regularizer`, the base class of `ElasticNet`: the penalty of a model, for use at every step."""
 
+import functools
 from typing import Any, ClassVar, Generic, Literal, TypeVar, overload
 
 import torch
@@ -143,7 +144,9 @@ class Regularizer(Generic[R]):
         """
         if self._attachment is not None and self._attachment.is_active:
             raise RuntimeError(f"this {type(self).__name__} is attached already; call .remove() on its handle first")
-        self._attachment = Attachment(optimizer, mode, metric, self._current, self._record_last)
+        # At an optimizer's step no backward pass needs gathered weights.
+        current = functools.partial(self._current, reshard=True)
+        self._attachment = Attachment(optimizer, mode, metric, current, self._record_last)
         return self._attachment
 
     def summary(self) -> str:
@@ -175,10 +178,13 @@ class Regularizer(Generic[R]):
     def _record_last(self, result: Any) -> None:
         self.last = result
 
-    def _current(self) -> Work:
-        """Return the current weights with their groups and strengths."""
+    def _current(self, *, reshard: bool = False) -> Work:
+        """Return the current weights with their groups and strengths. With `reshard`, FSDP2 may have gathered them."""
         is_traced = is_traced_now()
         tensors = self._selection.current(self._params, is_traced)
+        if tensors is None and reshard:
+            self._selection.reshard()
+            tensors = self._selection.current(self._params, is_traced)
         if tensors is None:
             self._selection, self._work = Selection(self._params, self._PENALTY, *self._filters), None
             tensors = self._selection.candidates.tensors

@@ -25,9 +25,10 @@ if INTERPRETED:
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
-    # The other lanes run without those libraries. In the integrations lane a missing library is an error.
-    is_other_lane = "integrations" not in config.option.markexpr.split("not integrations")[0]
-    return True if collection_path.name == "integrations" and is_other_lane else None
+    # The other lanes run without those libraries. In these lanes a missing library is an error.
+    name = collection_path.name
+    is_other_lane = name not in config.option.markexpr.split(f"not {name}")[0]
+    return True if name in ("integrations", "engines") and is_other_lane else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

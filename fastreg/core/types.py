@@ -158,6 +158,9 @@ class Work(NamedTuple):
     is_attached: bool = False  # whether an optimizer applies the same penalty at its steps
     are_leaves: bool | None = None  # whether all weights are leaves; None if unknown
     layout: Layout | None = None  # the layout of the weights, if this call has checked its guards
+    # If the caller sums the value of sharded weights over ranks: the mesh of each strength group, and their number.
+    meshes: Sequence[int] | None = None
+    n_meshes: int = 0
 
     def subset(self, is_in: Sequence[bool]) -> "Work":
         """Return a Work with some of the weights. The strength groups stay the same."""
@@ -181,4 +184,5 @@ class Work(NamedTuple):
                 pairs += [(each, key) for each in ([group] if isinstance(group, int) else group)]
                 number = number_of[group, key] = first if isinstance(group, int) else range(first, len(pairs))
             groups.append(number)
-        return self._replace(groups=groups, n_groups=len(pairs), layout=None), pairs
+        meshes = None if self.meshes is None else [self.meshes[group] for group, _ in pairs]
+        return self._replace(groups=groups, n_groups=len(pairs), layout=None, meshes=meshes), pairs

@@ -12,6 +12,7 @@ from fastreg.elastic_net import ElasticNet
 from fastreg.optim.attachment import Attachment, check_mode
 from fastreg.regularizer import Regularizer
 from fastreg.selection.filters import Filter, check_filter
+from fastreg.selection.fsdp import reshard
 from fastreg.sparsity import sparsity
 
 AttachMode: TypeAlias = Literal["grad", "prox"]
@@ -56,6 +57,7 @@ class AttachedPenalty:
         """Attach the penalty. With several optimizers, each gets the penalty of its own weights."""
         self.detach()  # an interrupted training run may have left attachments
         self._last = None
+        reshard(model.modules())  # Trainers evaluate before the first step, too
         for optimizer, reg in self._parts(model, optimizers):
             self._attachments.append(reg.attach(optimizer, self._mode, metric=self._metric))
             self._regs.append(reg)
@@ -93,6 +95,7 @@ class AttachedPenalty:
         if last is None or self._model is None:
             return {}
         values = {name: getattr(last, name) for name in self._strengths}
+        reshard(self._model.modules())
         values["sparsity"] = sparsity(self._model, **self._filters)
         return {f"regularization{'' if number == 1 else f'_{number}'}/{name}": value for name, value in values.items()}
 

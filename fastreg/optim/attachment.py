@@ -18,6 +18,7 @@ from fastreg.optim.step_size import check_metric, elementwise_inputs, is_element
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.gradient import add_gradient
 from fastreg.sweep.prox import apply_elementwise_prox, apply_prox_of_groups
+from fastreg.sweep.sharded import Ownership, split_by_mesh
 
 # By optimizer, to notice two penalties on the same weights.
 _ATTACHED: "weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Attachment]]" = weakref.WeakKeyDictionary()
@@ -38,9 +39,7 @@ class Attachment:
         current: Callable[[], Work],  # the work at this moment
         publish: Callable[[Any], None],  # gets the value at each step
     ) -> None:
-        # Wrappers such as Accelerate's and Lightning's have hooks of their own, which never run.
-        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = optimizer.optimizer
+        optimizer = _unwrapped(optimizer)
         check_mode(mode, metric)
         _check_optimizer(optimizer, mode, metric)
         by = metric or "optimizer"
@@ -140,6 +139,27 @@ class Attachment:
         self._weight_ids.clear()
 
 
+_FOR_DEEPSPEED = (
+    "DeepSpeed steps copies of the weights, which an attached penalty does not reach: give deepspeed.initialize an "
+    "optimizer of fastreg.optim with l1 and l2 instead"
+)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer inside wrappers such as Accelerate's and Lightning's, whose own hooks never run.
+
+    Raise TypeError for DeepSpeed's optimizers, which are no torch.optim.Optimizer.
+    """
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        for each in (optimizer, inner):
+            if not isinstance(each, Optimizer) and type(each).__module__.split(".")[0] == "deepspeed":
+                raise TypeError(_FOR_DEEPSPEED)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+
+
 class ClosureWithGradient:
     """A closure of `step`, and the penalty's gradient added to those that it computes."""
 
@@ -189,6 +209,9 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str, ha
 
     The ids in `had_grad` are those of weights with a gradient before the step.
     """
+    ownership = Ownership(work.weights, all_reduce=True) if work.is_sharded else None
+    if ownership is not None:
+        work, _ = split_by_mesh(work, ownership)
     is_by_element = is_elementwise(optimizer, metric)
     stepped = [True] * len(groups)
     if metric != "lr":
@@ -209,7 +232,7 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str, ha
         else:
             measured = apply_prox_of_groups(moving, step_sizes(optimizer, metric), own_groups)
             results.append(work.penalty.result(measured))
-    return add_results(results)
+    return add_results(results) if ownership is None else ownership.result(type(work.penalty), results)
 
 
 def _value(work: Work) -> Any:
@@ -229,6 +252,12 @@ def check_mode(mode: str, metric: str | None) -> None:
 def _check_optimizer(optimizer: Any, mode: str, metric: str | None) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not hasattr(optimizer, "defaults"):  # as every optimizer that has called Optimizer.__init__
+        names = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+        raise TypeError(
+            f"{type(optimizer).__name__} wraps an optimizer and has no hooks of its own; attach to the one inside"
+            + (f", .{names[0]}" if names else "")
+        )
     if isinstance(optimizer, LBFGS):
         raise TypeError("LBFGS evaluates its closure's loss several times a step: add the penalty to that loss")
     if mode == "grad" and isinstance(optimizer, SparseAdam):
@@ -261,6 +290,7 @@ class _Membership:
                 raise ValueError(
                     f"parameter {name!r} is not in the optimizer, which would never step it; exclude it, or make the "
                     "optimizer of the parameters of this model"
+                    + (f". {_FOR_DEEPSPEED}" if "deepspeed" in sys.modules else "")
                 )
         self._found = [group_of[id(w)] for w in work.weights]
         self._weights, self._params = work.weights, params

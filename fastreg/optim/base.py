@@ -1,6 +1,7 @@
 """What the optimizers of `fastreg.optim` share: options, states, and the way from `step` to the sweep."""
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fastreg.core.types import COUNTING, Mode, Request, Settings, StepInputs, Wa
 from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.params import check_keys
 from fastreg.sweep.dispatch import is_traced_now
+from fastreg.sweep.sharded import Ownership, split_by_mesh
 from fastreg.sweep.steps import apply_steps
 
 
@@ -58,7 +60,9 @@ class Penalized(Optimizer):
     _plan: Plan | None = None
     _track = False
     _impl: Impl = None
-    _tracked: list[Penalty | None]  # the last one, in a list: compiled code cannot set attributes of an optimizer
+    # Lists, because compiled code cannot set attributes of an optimizer.
+    _tracked: list[Penalty | None]
+    _was_stepped: list[bool]
     _lacking: list[list[str]]  # of each param group, the options of the penalty that the last loaded state lacked
 
     def _init_penalty(self, l1: Strength, l2: Strength, prox: bool, track: bool, impl: Impl) -> None:
@@ -72,6 +76,7 @@ class Penalized(Optimizer):
         )
         for i, group in enumerate(self.param_groups):
             self._add_options(group, i)
+        self._was_stepped = [False]
 
     @property
     def last(self) -> Penalty | None:
@@ -130,7 +135,7 @@ class Penalized(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._tracked = None, [None]
+        self._plan, self._tracked, self._was_stepped = None, [None], [True]  # a copy need not step
         self._lacking = [[name for name in _OFF if name not in group] for group in self.param_groups]
         for group in self.param_groups:
             for name, value in _OFF.items():
@@ -144,6 +149,7 @@ class Penalized(Optimizer):
         Raises RuntimeError for sparse gradients, TypeError for gradients or states that do not fit their weights, and
         ValueError for invalid options, before anything is changed.
         """
+        self._was_stepped[0] = True  # for __del__
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,6 +158,9 @@ class Penalized(Optimizer):
         if new_states and makes_states_only(self):
             self.state.update(new_states)
             return loss
+        ownership = self._ownership() if self._track else None
+        if ownership is not None:
+            works = [split_by_mesh(work, ownership, request) for work, request in works]
         measures = apply_steps(works)
         if new_states:
             # If infinite gradients skipped a first step, discard its states. Reading the flag waits for the device.
@@ -161,9 +170,19 @@ class Penalized(Optimizer):
                     self.state[p] = state
         if self._track:
             results = [work.penalty.result(each) for (work, _), each in zip(works, measures, strict=True)]
-            if results:
+            if ownership is not None:
+                self._tracked[0] = ownership.result(ElasticNetPenalty, results)
+            elif results:
                 self._tracked[0] = add_results(results)
         return loss
+
+    def _ownership(self) -> Ownership | None:
+        """Return which rank counts which parameter; None if none is sharded.
+
+        All parameters count: ranks may differ in which of them have gradients.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        return Ownership(params, all_reduce=True) if any_dtensor(params) else None
 
     def _step_works(self) -> tuple[list[tuple[Work, Request]], list[tuple[Tensor, dict[str, Any]]]]:
         """Return the steps to make, and the new states of parameters that make their first step."""
@@ -252,6 +271,16 @@ class Penalized(Optimizer):
                 if not isinstance(old.get(name), Tensor):
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+    def __del__(self) -> None:
+        # Accelerate and Trainer may replace the optimizer that they are given, without a word.
+        if "deepspeed" in sys.modules and not getattr(self, "_was_stepped", [True])[0] and self.has_strengths:
+            warn_user(
+                f"this fastreg.optim.{type(self).__name__} has strengths but was never stepped, so its penalty was not "
+                "applied. With offload, Accelerate replaces it by DeepSpeedCPUAdam unless DeepSpeed's configuration "
+                "has zero_force_ds_cpu_optimizer: false. Under DeepSpeed, Trainer takes optimizer_cls_and_kwargs, not "
+                "optimizers"
+            )
 
     # A subclass defines these two.
 

@@ -25,6 +25,18 @@ def gathered_by_fsdp(modules: Iterable[nn.Module]) -> set[int]:
     return gathered
 
 
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let every FSDP2 module show its sharded parameters again.
+
+    FSDP2 keeps the parameters of its root gathered after a forward pass without backward, as in evaluation.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in modules:
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 def is_fsdp1(module: nn.Module) -> bool:
     """Return whether `module` is wrapped by the older FullyShardedDataParallel."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -18,7 +18,7 @@ from fastreg.core.torch_private import is_transformed
 from fastreg.core.types import Groups, Work
 from fastreg.selection.candidates import HeldCandidates, remembered_candidates
 from fastreg.selection.filters import Filter, bias_and_norm, filtered
-from fastreg.selection.fsdp import check_fsdp
+from fastreg.selection.fsdp import check_fsdp, reshard
 from fastreg.selection.params import Candidate, OwnStrengths, collect
 
 
@@ -92,6 +92,10 @@ class Selection:
             if self.layout is None and same and not self._is_sharded:
                 self._compare_memory(weights)
         return tensors if same else None
+
+    def reshard(self) -> None:
+        """Let FSDP2 show its sharded parameters again."""
+        reshard(self._modules)
 
     def _compare_memory(self, weights: Sequence[Tensor]) -> None:
         """Warn, once for the same memory, if two weights share some."""

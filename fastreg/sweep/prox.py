@@ -11,6 +11,7 @@ from fastreg.core.strengths import penalty_of_groups, per_group
 from fastreg.core.types import Mode, Request, StepInputs, Want, Work
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.inplace import check_writable, mark_changed
+from fastreg.sweep.sharded import weighted_by_mesh
 
 
 def apply_prox(work: Work, lr: Strength) -> None:
@@ -38,7 +39,10 @@ def apply_prox_of_groups(work: Work, steps: Sequence[Strength], param_groups: Se
     if measured is None:
         return None
     plain = penalty_of_groups(type(penalty), [penalty.of_group(group).strengths for group, _ in pairs], device)
-    return plain.weighted(measured.sums(len(pairs)), measured.total.dtype)
+    sums = measured.sums(len(pairs))
+    if work.meshes is not None:
+        return weighted_by_mesh(regrouped._replace(penalty=plain), sums)
+    return plain.weighted(sums, measured.total.dtype)
 
 
 def apply_elementwise_prox(work: Work, step: StepInputs) -> Measure | None:

@@ -4,6 +4,10 @@ No weight and no gradient leaves its rank. Each mesh costs one all-reduce of two
 over the mesh dimensions on which any of its weights is sharded. If a weight is replicated on one of those dimensions,
 only the ranks with coordinate 0 in it count the weight. If several dimensions are sharded and the mesh does not contain
 all ranks, each dimension takes its own all-reduce.
+
+Every rank must make the same all-reduces, but ranks may differ in which weights have gradients. Steps and proximal
+steps visit weights in several sweeps, by their gradients. Their values are therefore summed over ranks once, after the
+last sweep, as `split_by_mesh` and `Ownership.result` do it: two numbers per mesh for any number of groups.
 """
 
 from collections.abc import Sequence
@@ -13,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastreg.core.dtensor import is_dtensor, local_shards
-from fastreg.core.dtypes import value_dtype
-from fastreg.core.penalty import Measure
+from fastreg.core.dtensor import is_dtensor, local_shard, local_shards
+from fastreg.core.dtypes import accumulate_dtype, value_dtype
+from fastreg.core.penalty import BasePenalty, Measure
 from fastreg.core.strengths import penalty_of_groups
 from fastreg.core.types import Request, Want, Work
 from fastreg.sweep.local import local_sweep
@@ -39,6 +43,7 @@ class Ownership:
             sharded[meshes.index(w.device_mesh)] |= _sharded_dims(w)
         self._reductions = [(mesh, *_reduction(mesh, dims)) for mesh, dims in zip(meshes, sharded, strict=True)]
         self._all_reduce = all_reduce
+        self.weights, self.n_meshes = weights, len(meshes) + 1  # plain tensors count as a mesh
         self.mesh_index = [self._mesh_index(w, meshes) for w in weights]
 
     def total(self, counts: Sequence[Tensor], mesh_index: Sequence[int]) -> Tensor:
@@ -56,6 +61,16 @@ class Ownership:
                 subtotal = subtotal.to(total.device)
             total = total + subtotal
         return total
+
+    def result(self, penalty: type[BasePenalty], shares: Sequence[Any]) -> Any:
+        """Return the value of all ranks: the sum of `shares`, results of `split_by_mesh`. A rank may have no share."""
+        device = local_shard(self.weights[0]).device
+        shape = self.n_meshes, 1 + len(penalty.NAMES)
+        total = torch.zeros(shape, dtype=accumulate_dtype(device), device=device)
+        for share in shares:
+            total = total + torch.stack(list(share), 1).to(total)
+        summed = self.total(list(total), [*range(self.n_meshes - 1), REPLICATED])
+        return penalty.RESULT(*summed.to(value_dtype([w.dtype for w in self.weights])))
 
     def _mesh_index(self, w: Any, meshes: list[Any]) -> int:
         if not is_dtensor(w):
@@ -83,14 +98,15 @@ def sharded_sweep(work: Work, request: Request) -> Measure | None:
     local = request._replace(grads=grads, step=step)
     if request.want is Want.NOTHING:
         return local_sweep(parts, local)
-    # One sweep serves all meshes: split the strength groups by `mesh_index`.
+    if work.meshes is not None:
+        measured = local_sweep(parts, local)
+        assert measured is not None
+        return weighted_by_mesh(work, measured.sums(work.n_groups))
     ownership = Ownership(work.weights, work.all_reduce)
-    regrouped, pairs = parts.regrouped(ownership.mesh_index)
-    rows = [[s[group] if isinstance(s, Tensor) and s.ndim else s for s in work.penalty.strengths] for group, _ in pairs]
-    regrouped = regrouped._replace(penalty=penalty_of_groups(type(work.penalty), rows, work.weights[0].device))
+    split, pairs = _regrouped_by_mesh(parts, ownership.mesh_index)
     if step is not None:
         step = step._replace(settings=[step.settings[group] for group, _ in pairs])
-    measured = local_sweep(regrouped, local._replace(step=step))
+    measured = local_sweep(split, local._replace(step=step))
     assert measured is not None
     counts = []
     for (group, _), row in zip(pairs, measured.sums(len(pairs)), strict=True):
@@ -98,6 +114,42 @@ def sharded_sweep(work: Work, request: Request) -> Measure | None:
         counts[-1][group] = row
     sums = ownership.total(counts, [index for _, index in pairs])
     return work.penalty.weighted(sums, value_dtype([w.dtype for w in work.weights]))
+
+
+def split_by_mesh(work: Work, ownership: Ownership, request: Request | None = None) -> tuple[Work, Any]:
+    """Return the work and the request with one strength group per group and mesh.
+
+    The values of sweeps over the work, or over parts of it, then are this rank's shares, one number per mesh. The
+    caller passes them to `ownership.result`. The ownership may be that of more weights.
+    """
+    mesh_of = dict(zip(map(id, ownership.weights), ownership.mesh_index, strict=True))
+    split, pairs = _regrouped_by_mesh(work, [mesh_of[id(w)] for w in work.weights])
+    if request is not None and request.step is not None:
+        settings = [request.step.settings[group] for group, _ in pairs]
+        request = request._replace(step=request.step._replace(settings=settings))
+    return split._replace(meshes=[index for _, index in pairs], n_meshes=ownership.n_meshes), request
+
+
+def weighted_by_mesh(work: Work, sums: Tensor) -> Measure:
+    """Return the terms of `sums` [n_groups, n_sums] and their total as vectors of one number per mesh."""
+    places: Sequence[int] = work.meshes or ()
+    columns = []
+    # REPLICATED, -1, is the last place. NOT_COUNTED has none.
+    for place in (*range(work.n_meshes - 1), REPLICATED):
+        own = torch.zeros_like(sums)
+        for group in [group for group, other in enumerate(places) if other == place]:
+            own[group] = sums[group]
+        measured = work.penalty.weighted(own, sums.dtype)
+        columns.append((measured.total, *(measured.terms or ())))
+    total, *terms = map(torch.stack, zip(*columns, strict=True))
+    return Measure(total, tuple(terms), sums)
+
+
+def _regrouped_by_mesh(work: Work, mesh_index: Sequence[int]) -> tuple[Work, list[tuple[int, Any]]]:
+    """Split the strength groups by `mesh_index`, so that one sweep serves all meshes. Return the pairs of both, too."""
+    split, pairs = work.regrouped(mesh_index)
+    rows = [[s[group] if isinstance(s, Tensor) and s.ndim else s for s in work.penalty.strengths] for group, _ in pairs]
+    return split._replace(penalty=penalty_of_groups(type(work.penalty), rows, work.weights[0].device)), pairs
 
 
 def _sharded_dims(weight: Any) -> set[int]:

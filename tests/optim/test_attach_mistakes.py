@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -226,3 +228,45 @@ def test_an_optimizer_with_strengths_of_its_own_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ElasticNet(model, L1).attach(AdamW(model.parameters(), lr=0.1))
+
+
+class ZeroOptimizer:
+    """Like DeepSpeed's, which are no torch.optim.Optimizer and hold flat copies of the weights."""
+
+    __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_of_deepspeed_names_the_way_out(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    flat = nn.Parameter(nn.utils.parameters_to_vector(model.parameters()).detach())
+    base = plain([flat])
+    for optimizer in (ZeroOptimizer(base), Wrapper(ZeroOptimizer(base))):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"DeepSpeed steps copies of the weights.* optimizer of fastreg\.optim"):
+            ElasticNet(model, L1).attach(optimizer, mode)  # type: ignore[arg-type]
+    for loaded in (False, True):
+        if loaded:
+            monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+        with pytest.raises(ValueError, match=r"'0\.weight' is not in the optimizer") as raised:
+            ElasticNet(model, L1).attach(base, mode)
+        assert ("fastreg.optim" in str(raised.value)) == loaded
+
+
+def test_an_optimizer_inside_another_one_is_named() -> None:
+    model = net()
+    inner = plain(model.parameters())
+
+    class Averaging(Optimizer):
+        """Like PostLocalSGDOptimizer, which skips `Optimizer.__init__`."""
+
+        def __init__(self, optim: Optimizer) -> None:
+            self.optim, self.param_groups = optim, optim.param_groups
+
+    for mode in MODES:
+        with pytest.raises(TypeError, match=r"Averaging wraps an optimizer.* attach to the one inside, \.optim"):
+            ElasticNet(model, L1).attach(Averaging(inner), mode)  # type: ignore[arg-type]
+        ElasticNet(model, L1).attach(Averaging(inner).optim, mode).remove()  # type: ignore[arg-type]

@@ -1,7 +1,12 @@
 """What fastreg.optim refuses, with a reason, before anything is changed."""
 
+import copy
 import enum
+import gc
+import sys
+import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +18,7 @@ from fastreg.core.types import STATES, SGDSettings
 from fastreg.formulas.steps import take_steps
 from fastreg.optim.base import Penalized
 from tests.support.helpers import Path, bits
-from tests.support.training import loss_of, net
+from tests.support.training import L1, loss_of, net
 
 KINDS = ["SGD", "Adam", "AdamW"]
 
@@ -189,3 +194,31 @@ def test_named_parameters_are_named() -> None:
     sparse_gradient(optimizer, model)
     with pytest.raises(RuntimeError, match=r"the gradient of parameter '2\.weight' is sparse"):
         optimizer.step()
+
+
+def test_an_optimizer_that_deepspeed_replaced_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate makes a DeepSpeedCPUAdam of its param groups, and drops it."""
+
+    def warned(stepped: bool = False, **options: Any) -> bool:
+        model = net()
+        optimizer = fastreg.optim.AdamW(model.parameters(), **options)
+        twin = copy.deepcopy(optimizer)
+        if stepped:
+            loss_of(model, 0).backward()
+            optimizer.step()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            del optimizer, twin
+            gc.collect()
+        assert all("zero_force_ds_cpu_optimizer: false" in str(each.message) for each in seen)
+        assert len(seen) <= 1
+        return bool(seen)
+
+    assert not warned(l1=L1)
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    assert warned(l1=L1)
+    assert not warned()
+    assert not warned(l1=L1, stepped=True)
+    with pytest.raises(ValueError, match="l1 must be finite"):
+        fastreg.optim.AdamW(net().parameters(), l1=-1.0)
+    gc.collect()

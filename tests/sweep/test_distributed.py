@@ -213,6 +213,60 @@ def a_copy_of_the_model(ranks: Ranks) -> None:
     close(copy.deepcopy(reg)(), reg())
 
 
+def weights_without_a_gradient_on_one_rank(ranks: Ranks) -> None:
+    """Every rank makes the same all-reduces, for any number of sweeps and groups that its gradients lead to."""
+    mesh = ranks.mesh()
+    layout: list[Any] = [(mesh, [Shard(0)]), (mesh, [Shard(0)]), (mesh, [Replicate()]), None, (mesh, [Shard(1)])]
+    shapes = [(8, 6), (5,), (3, 7), (4,), (6, 4)]
+    strengths = [(L1, L2), (L1, L2), (0.5, L2), (0.5, L2), (0.5, L2)]  # of two groups
+
+    def expected(weights: list[Tensor], counts: list[bool]) -> list[Tensor]:
+        summed, own = torch.zeros(2, 2, dtype=torch.float64, device=ranks.device)
+        for w, (l1, l2), where, is_counted in zip(weights, strengths, layout, counts, strict=True):
+            part = (w.to_local() if isinstance(w, DTensor) else w).detach()
+            terms = torch.stack([l1 * part.abs().sum(), l2 * part.square().sum()]) * is_counted
+            (summed if where is not None and where[1] != [Replicate()] else own).add_(terms)
+        dist.all_reduce(summed)
+        return [(summed + own).sum(), *(summed + own)]
+
+    def groups(weights: list[Tensor], **options: float) -> list[dict[str, Any]]:
+        return [{"params": weights[:2]}, {"params": weights[2:], **options}]
+
+    makers: list[Callable[..., Any]] = [
+        lambda params: torch.optim.Adam(params, lr=0.01, foreach=False),
+        lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, foreach=False),
+        lambda params: fastreg.optim.AdamW(params, 0.01, l1=L1, l2=L2, prox=True, track=True, impl=ranks.impl),
+        lambda params: fastreg.optim.SGD(params, 0.01, 0.9, l1=L1, l2=L2, track=True, impl=ranks.impl),
+    ]
+    # By step and rank, which weights have no gradient.
+    resting = {(0, 0): [1], **{(step, rank): [4] for step in (0, 1) for rank in range(1, ranks.world)}}
+    resting[2, 0] = list(range(5))
+    for number, make in enumerate(makers):
+        originals = [tensor(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes)]
+        weights = sharded(originals, layout, ranks.device)
+        optimizer = make(groups(weights, **({"lr": 0.02} if number < 2 else {"l1": 0.5})))
+        stepped: list[Tensor] = []  # the weights between the optimizer's step and the proximal step
+        if number < 2:
+            optimizer.register_step_post_hook(lambda *_: stepped.extend(w.detach().clone() for w in weights))  # noqa: B023
+            reg = fastreg.ElasticNet(groups(weights, l1=0.5), L1, L2, impl=ranks.impl)
+            reg.attach(optimizer, mode="prox")
+        for step in range(3):
+            has_gradient = [i not in resting.get((step, ranks.rank), ()) for i in range(5)]
+            for w, has in zip(weights, has_gradient, strict=True):
+                w.grad = w.detach().clone() if has else None
+            before = [w.detach().clone() for w in weights]
+            stepped.clear()
+            with Wire() as wire:
+                optimizer.step()
+            assert wire.collectives == [("allreduce", 24)], wire.collectives
+            found = reg.last if number < 2 else optimizer.last
+            wanted = expected(stepped, [True] * 5) if number < 2 else expected(before, has_gradient)
+            if number >= 2 and step == 2:
+                continue  # rank 0 counts no plain weight, which all ranks would count alike
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -232,6 +286,7 @@ CASES: dict[str, Case] = {
         gradients_of_other_placements,
         changes_between_forward_and_backward,
         a_copy_of_the_model,
+        weights_without_a_gradient_on_one_rank,
     )
 }
 

@@ -163,6 +163,38 @@ def gathered_weights_are_refused(ranks: Ranks) -> None:
         reg()
 
 
+def attached_after_an_evaluation(ranks: Ranks) -> None:
+    """A forward pass without backward leaves the root gathered, whose weights the hooks look for before the closure."""
+    x = tensor(8, 7, seed=9).to(ranks.device)
+    for mode in ("grad", "prox"):
+        net, reference = network().to(ranks.device), network().to(ranks.device)
+        for layer in (net[0], net):
+            fully_shard(layer, mesh=ranks.mesh())
+        for model, impl in ((net, ranks.impl), (reference, "torch")):
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+            reg = fastreg.ElasticNet(model, L1, L2, impl=impl)
+            reg.attach(optimizer, mode=mode)
+
+            def compute(model: nn.Module = model, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            def evaluate(model: nn.Module = model) -> None:
+                with torch.no_grad():
+                    model(x)
+
+            evaluate()
+            optimizer.step(compute)
+            compute()
+            evaluate()
+            optimizer.step()
+            optimizer.step(evaluate)  # with the gradients of the step before
+        for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(full(p), q, rtol=1e-4, atol=1e-5)
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -176,6 +208,7 @@ CASES: dict[str, Case] = {
         fsdp_in_mixed_precision,
         fsdp_and_tensor_parallel,
         gathered_weights_are_refused,
+        attached_after_an_evaluation,
     )
 }
 
