@@ -14,6 +14,7 @@ from fastreg.formulas.penalty import ElasticNetPenalty
 from fastreg.selection.filters import Filter, matches
 from fastreg.selection.params import Candidate, Params, collect
 from fastreg.selection.selection import select
+from fastreg.sweep.agreement import facts_of
 from fastreg.sweep.sharded import Ownership
 
 
@@ -39,7 +40,7 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
     device = weights[0].device
     with torch.no_grad(), no_subclass():
         counts = [torch.count_nonzero(part).to(device) for part in local_shards(weights)]
-        ownership = Ownership(weights, all_reduce=True)
+        ownership = Ownership(weights, True, facts_of(work))
         return ((total - ownership.total(counts, ownership.mesh_index)).double() / total).float()
 
 
@@ -72,7 +73,7 @@ def _zeros(work: Work) -> list[int]:
         parts = local_shards(work.weights)
         first = parts[0].device
         counts = torch.stack([torch.count_nonzero(part).to(first) for part in parts])
-        ownership = Ownership(work.weights, all_reduce=True)
+        ownership = Ownership(work.weights, True, facts_of(work))
         # The counts on a diagonal: one sum over ranks then gives the sum of each weight.
         totals = ownership.total(list(torch.diag(counts)), ownership.mesh_index).tolist()
     return [w.numel() - n for w, n in zip(work.weights, totals, strict=True)]

@@ -15,6 +15,7 @@ from fastreg.core.penalty import add_results
 from fastreg.core.types import Mode, Request, Work
 from fastreg.optim.base import Penalized, makes_states_only
 from fastreg.optim.step_size import check_metric, elementwise_inputs, is_elementwise, step_sizes
+from fastreg.sweep.agreement import facts_of
 from fastreg.sweep.dispatch import sweep
 from fastreg.sweep.gradient import add_gradient
 from fastreg.sweep.prox import apply_elementwise_prox, apply_prox_of_groups
@@ -209,7 +210,7 @@ def _shrink(optimizer: Optimizer, work: Work, groups: list[int], metric: str, ha
 
     The ids in `had_grad` are those of weights with a gradient before the step.
     """
-    ownership = Ownership(work.weights, all_reduce=True) if work.is_sharded else None
+    ownership = Ownership(work.weights, True, facts_of(work)) if work.is_sharded else None
     if ownership is not None:
         work, _ = split_by_mesh(work, ownership)
     is_by_element = is_elementwise(optimizer, metric)

@@ -18,6 +18,8 @@ from fastreg.core.torch_private import unscales_gradients
 from fastreg.core.types import COUNTING, Mode, Request, Settings, StepInputs, Want, Work, states_of
 from fastreg.formulas.penalty import ElasticNetPenalty, Penalty
 from fastreg.selection.params import check_keys
+from fastreg.sweep import agreement
+from fastreg.sweep.agreement import strengths_of
 from fastreg.sweep.dispatch import is_traced_now
 from fastreg.sweep.sharded import Ownership, split_by_mesh
 from fastreg.sweep.steps import apply_steps
@@ -80,7 +82,11 @@ class Penalized(Optimizer):
 
     @property
     def last(self) -> Penalty | None:
-        """The penalty before the last step, of the weights that had gradients; None without track=True."""
+        """The penalty before the last step, of the weights that had gradients; None without track=True.
+
+        It counts the weights that this optimizer holds, and all shards of DTensors. Where each rank's optimizer holds
+        other weights (ZeroRedundancyOptimizer, DeepSpeed, FSDP1, pipelines), it is the rank's share of the penalty.
+        """
         return self._tracked[0]
 
     @property
@@ -158,6 +164,8 @@ class Penalized(Optimizer):
         if new_states and makes_states_only(self):
             self.state.update(new_states)
             return loss
+        if agreement.IS_ON:
+            self._ownership()  # compares the strengths over ranks
         ownership = self._ownership() if self._track else None
         if ownership is not None:
             works = [split_by_mesh(work, ownership, request) for work, request in works]
@@ -182,7 +190,12 @@ class Penalized(Optimizer):
         All parameters count: ranks may differ in which of them have gradients.
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        return Ownership(params, all_reduce=True) if any_dtensor(params) else None
+        if not any_dtensor(params):
+            return None
+        return Ownership(params, True, strengths_of([self._penalty(group) for group in self.param_groups]))
+
+    def _penalty(self, group: dict[str, Any]) -> ElasticNetPenalty:
+        return checked(ElasticNetPenalty, group["l1"], group["l2"])
 
     def _step_works(self) -> tuple[list[tuple[Work, Request]], list[tuple[Tensor, dict[str, Any]]]]:
         """Return the steps to make, and the new states of parameters that make their first step."""
@@ -245,7 +258,7 @@ class Penalized(Optimizer):
         settings = [self._settings(group, i, is_first) for group, (i, is_first) in zip(groups, batch.rows, strict=True)]
         penalty = ElasticNetPenalty((0.0, 0.0))
         if self._track:
-            rows = [checked(ElasticNetPenalty, group["l1"], group["l2"]).strengths for group in groups]
+            rows = [self._penalty(group).strengths for group in groups]
             penalty = penalty_of_groups(ElasticNetPenalty, rows, batch.params[0].device)
         n, is_traced = len(groups), is_traced_now()
         work = Work(batch.names, batch.params, batch.row_of, n, penalty, self._impl, batch.is_sharded, is_traced)

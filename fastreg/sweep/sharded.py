@@ -21,7 +21,9 @@ from fastreg.core.dtensor import is_dtensor, local_shard, local_shards
 from fastreg.core.dtypes import accumulate_dtype, value_dtype
 from fastreg.core.penalty import BasePenalty, Measure
 from fastreg.core.strengths import penalty_of_groups
-from fastreg.core.types import Request, Want, Work
+from fastreg.core.types import Mode, Request, Want, Work
+from fastreg.sweep import agreement
+from fastreg.sweep.agreement import Facts, check_agreement, facts_of
 from fastreg.sweep.local import local_sweep
 
 REPLICATED = -1  # every rank counts the weight and gets the same number
@@ -33,9 +35,11 @@ class Ownership:
 
     If `all_reduce` is False, ranks do not sum their counts. Exactly one rank then counts each shard of a weight. The
     rank whose coordinates in the first mesh are all 0 counts plain tensors.
+
+    `facts` must be the same on all ranks. They are compared if FASTREG_DEBUG_RANKS is set.
     """
 
-    def __init__(self, weights: Sequence[Tensor], all_reduce: bool) -> None:
+    def __init__(self, weights: Sequence[Tensor], all_reduce: bool, facts: Facts = ()) -> None:
         distributed: list[Any] = [w for w in weights if is_dtensor(w)]
         meshes = list(dict.fromkeys(w.device_mesh for w in distributed))
         sharded: list[set[int]] = [set() for _ in meshes]
@@ -44,6 +48,8 @@ class Ownership:
         self._reductions = [(mesh, *_reduction(mesh, dims)) for mesh, dims in zip(meshes, sharded, strict=True)]
         self._all_reduce = all_reduce
         self.weights, self.n_meshes = weights, len(meshes) + 1  # plain tensors count as a mesh
+        if agreement.IS_ON and all_reduce:
+            check_agreement(facts, [group for _, _, groups in self._reductions for group in groups])
         self.mesh_index = [self._mesh_index(w, meshes) for w in weights]
 
     def total(self, counts: Sequence[Tensor], mesh_index: Sequence[int]) -> Tensor:
@@ -97,12 +103,14 @@ def sharded_sweep(work: Work, request: Request) -> Measure | None:
     step = None if request.step is None else request.step.mapped(local_shards)
     local = request._replace(grads=grads, step=step)
     if request.want is Want.NOTHING:
+        if agreement.IS_ON and request.mode is Mode.PROX:
+            Ownership(work.weights, True, facts_of(work))
         return local_sweep(parts, local)
     if work.meshes is not None:
         measured = local_sweep(parts, local)
         assert measured is not None
         return weighted_by_mesh(work, measured.sums(work.n_groups))
-    ownership = Ownership(work.weights, work.all_reduce)
+    ownership = Ownership(work.weights, work.all_reduce, facts_of(work))
     split, pairs = _regrouped_by_mesh(parts, ownership.mesh_index)
     if step is not None:
         step = step._replace(settings=[step.settings[group] for group, _ in pairs])

@@ -267,6 +267,45 @@ def weights_without_a_gradient_on_one_rank(ranks: Ranks) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
+def ranks_that_differ(ranks: Ranks) -> None:
+    """With FASTREG_DEBUG_RANKS, every rank raises and says what differs, before the all-reduce."""
+    mesh = ranks.mesh()
+    weights = sharded(values()[:2], [(mesh, [Shard(0)])] * 2, ranks.device)
+    named = [("first", weights[0]), ("second", weights[1])]
+    is_last = ranks.rank == ranks.world - 1
+    for w in weights:
+        w.grad = w.detach().clone()
+    own = 0.3 if is_last else 0.1
+    in_groups = [{"params": named[:1], "l1": 0.1}, {"params": named[1:]}]
+    tracking, other = (fastreg.optim.SGD(weights, 0.1, l1=own, track=track) for track in (True, False))
+    adam = torch.optim.Adam(weights, lr=0.01)
+    fastreg.ElasticNet(named, own).attach(adam, mode="prox")
+    of_last = f"on rank {ranks.world - 1}"
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: fastreg.elastic_penalty(named, own), rf"l1 of strength group 0 is 0\.1 on rank 0 and 0\.3 {of_last}"),
+        (lambda: fastreg.elastic_penalty(in_groups if is_last else named, 0.1), "number of strength groups is 1"),
+        (lambda: fastreg.ElasticNet(named, own).add_grad_(), "l1 of strength group 0"),
+        (lambda: fastreg.elastic_prox_(named, own, lr=1.0), "l1 of strength group 0"),
+        (
+            lambda: fastreg.sparsity(named, exclude="first" if is_last else None),
+            f"'first' is .* and not there {of_last}",
+        ),
+        (lambda: fastreg.ElasticNet(named, own).summary(), "l1 of strength group 0"),
+        (tracking.step, "l1 of strength group 0"),
+        (other.step, "l1 of strength group 0"),
+        (adam.step, "l1 of strength group 0"),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastreg.sweep.agreement.IS_ON", True)
+        for call, message in calls:
+            with pytest.raises(RuntimeError, match=f"ranks make different calls: .*{message}"):
+                call()
+        close(
+            fastreg.elastic_penalty(named, L1, L2), fastreg.elastic_penalty([full(w.detach()) for w in weights], L1, L2)
+        )
+        assert fastreg.elastic_penalty(named, own, reduce=False) >= 0, "nothing is exchanged"
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -287,6 +326,7 @@ CASES: dict[str, Case] = {
         changes_between_forward_and_backward,
         a_copy_of_the_model,
         weights_without_a_gradient_on_one_rank,
+        ranks_that_differ,
     )
 }
 
