@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-engines test-gpu gpu bench report recipes docs lint types wheel release-check clean
+.PHONY: demo test test-torch test-interpreter test-codegen test-jit test-integrations test-engines test-deepspeed test-gpu gpu bench report recipes docs lint types wheel release-check clean
 .NOTPARALLEL:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -22,7 +22,7 @@ demo: $(STAMP)  ## train the digits MLP with no penalty, L1, L2, elastic net, an
 test: test-torch test-interpreter test-codegen test-jit
 
 test-torch: $(STAMP)  ## the PyTorch path against NumPy float64; with a GPU also the gpu lane
-	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen and not jit and not integrations and not engines"
+	$(RUN) -m pytest $(PARALLEL) -m "not interpreter and not codegen and not jit and not integrations and not engines and not deepspeed"
 
 test-interpreter: $(STAMP)  ## the Triton kernels on CPU tensors, in Triton's interpreter
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) -m interpreter
@@ -44,6 +44,16 @@ test-integrations: $(INTEGRATIONS)  ## training with transformers, Lightning and
 
 test-engines: $(INTEGRATIONS)  ## the same on several processes, under engines that share a model or its optimizer among ranks
 	$(RUN) -m pytest -m engines
+
+DEEPSPEED := $(VENV)/.deepspeed
+
+# DeepSpeed's build looks for PyTorch, so it is not isolated.
+$(DEEPSPEED): $(INTEGRATIONS)
+	DS_BUILD_OPS=0 $(RUN) -m pip install -q -c constraints.txt --no-build-isolation deepspeed
+	touch $(DEEPSPEED)
+
+test-deepspeed: $(DEEPSPEED)  ## DeepSpeed on CPU processes; needs a C++ compiler
+	DS_ACCELERATOR=cpu $(RUN) -m pytest -m deepspeed
 
 test-gpu: $(STAMP)  ## the same cases on a CUDA or ROCm device
 	$(RUN) -m pytest -m gpu
