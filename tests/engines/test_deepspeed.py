@@ -3,7 +3,9 @@
 DeepSpeed builds from source, so this is no part of the engines lane: `make test-deepspeed`.
 """
 
+import gc
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -44,10 +46,15 @@ def reference(mode: str) -> tuple[nn.Module, list[Any]]:
     return model, noted
 
 
-def engine_of(ranks: Ranks, stage: int, optimizer_of: Any, **config: Any) -> tuple[Any, Any]:
-    """The engine, and the optimizer that it hands out."""
+def as_torchrun_does(ranks: Ranks) -> None:
+    """Set the environment by which DeepSpeed sees that this process is one of several. Other cases set it, too."""
     os.environ.update(RANK=str(ranks.rank), LOCAL_RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
+
+
+def engine_of(ranks: Ranks, stage: int, optimizer_of: Any, **config: Any) -> tuple[Any, Any]:
+    """The engine, and the optimizer that it hands out."""
+    as_torchrun_does(ranks)
     import deepspeed
 
     model = network()
@@ -153,6 +160,74 @@ def placeholders_of_zero_3(ranks: Ranks) -> None:
     assert value.item() == pytest.approx(fastreg.elastic_penalty(network(), L1, L2).item(), rel=1e-6)
 
 
+def forget(optimizers: list[Any]) -> None:
+    optimizers.clear()
+    gc.collect()
+
+
+def optimizer_that_accelerate_replaces(ranks: Ranks) -> None:
+    """As `Accelerator.prepare` does with offload."""
+    from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+
+    optimizers: list[Any] = [fastreg.optim.AdamW(network().parameters(), LR, l1=L1, prox=True)]
+    other = map_pytorch_optim_to_deepspeed(optimizers[0])
+    assert type(other).__name__ == "DeepSpeedCPUAdam"
+    with pytest.warns(UserWarning, match=r"was never stepped.*zero_force_ds_cpu_optimizer: false"):
+        forget(optimizers)
+
+
+def trainer(ranks: Ranks) -> None:
+    """Trainer takes `optimizer_cls_and_kwargs`. It drops `optimizers`, and the callback is refused."""
+    import transformers
+    from accelerate.state import AcceleratorState
+    from torch.utils.data import SequentialSampler
+
+    from fastreg.integrations.transformers import ElasticNetCallback
+    from tests.integrations.tiny_models import examples, tiny_bert
+
+    class InOrder(transformers.Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    as_torchrun_does(ranks)
+
+    def trainer_of(model: nn.Module, **options: Any) -> Any:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = {
+            "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        }  # fmt: skip
+        arguments = transformers.TrainingArguments(
+            tempfile.mkdtemp(), use_cpu=True, ddp_backend="gloo", per_device_train_batch_size=4, max_steps=4,
+            learning_rate=1e-2, max_grad_norm=0.0, save_strategy="no", report_to="none", disable_tqdm=True,
+            deepspeed=config, average_tokens_across_devices=False, lr_scheduler_type="constant",
+        )  # fmt: skip
+        return InOrder(model, arguments, train_dataset=examples("bert"), **options)
+
+    for mode in ("grad", "prox"):
+        with pytest.raises(TypeError, match=r"DeepSpeed steps copies of the weights.*fastreg\.optim"):
+            trainer_of(tiny_bert().float(), callbacks=[ElasticNetCallback(L1, L2, mode=mode)]).train()
+    kwargs = {"lr": 1e-2, "l1": 2e-3, "l2": L2, "prox": True}
+    model = tiny_bert().float()
+    dropped = [fastreg.optim.AdamW(model.parameters(), **kwargs)]
+    trainer_of(model, optimizers=(dropped[0], None)).train()
+    with pytest.warns(UserWarning, match="was never stepped.*Trainer takes optimizer_cls_and_kwargs, not optimizers"):
+        forget(dropped)
+    model = tiny_bert().float()
+    trainer_of(model, optimizer_cls_and_kwargs=(fastreg.optim.AdamW, kwargs)).train()
+    expected = tiny_bert()
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        chosen = examples("bert")[8 * step :][:8]
+        expected(**{key: torch.stack([each[key] for each in chosen]) for key in chosen[0]}).loss.backward()
+        step_by_hand(list(expected.parameters()), optimizer, "prox", 2e-3, L2)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=0, atol=2e-6)
+    assert fastreg.sparsity(model) == fastreg.sparsity(expected) > 0.1
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -162,6 +237,8 @@ CASES: dict[str, Case] = {
         attached_without_zero,
         penalty_in_the_loss,
         placeholders_of_zero_3,
+        optimizer_that_accelerate_replaces,
+        trainer,
     )
 }
 
