@@ -48,7 +48,7 @@ def check_fsdp(names: Sequence[str], weights: Sequence[Tensor], modules: Sequenc
     if any(map(is_fsdp1, modules)):
         raise TypeError(
             "params is wrapped by FullyShardedDataParallel, whose flattened shards hide which weight is which; shard "
-            "it with torch.distributed.fsdp.fully_shard instead"
+            "it with torch.distributed.fsdp.fully_shard instead, or train with an optimizer of fastreg.optim"
         )
     gathered = gathered_by_fsdp(modules)
     for name, w in zip(names, weights, strict=True) if gathered else ():

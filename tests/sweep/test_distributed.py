@@ -267,6 +267,45 @@ def weights_without_a_gradient_on_one_rank(ranks: Ranks) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
+def steps_on_several_meshes(ranks: Ranks) -> None:
+    """One all-reduce per mesh and step, of three numbers for any number of strength groups."""
+    mesh = ranks.mesh(2, ranks.world // 2, names=("dp", "tp"))
+    layout: list[Any] = [
+        (mesh, [Shard(0), Shard(1)]),
+        (mesh, [Replicate(), Shard(0)]),
+        (ranks.mesh(), [Shard(0)]),
+        None,
+        (ranks.mesh(), [Replicate()]),
+    ]
+    for kind in ("attached", "inside"):
+        results = []
+        for places in (layout, [None] * 5):
+            shapes = [(8, 6), (4, 3), (5,), (4,), (3,)]
+            originals = [tensor(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes)]
+            weights = sharded(originals, places, ranks.device)
+            groups: list[dict[str, Any]] = [{"params": [w], "l1": 0.1 * (i + 1)} for i, w in enumerate(weights)]
+            found = []
+            if kind == "attached":
+                optimizer: Any = torch.optim.Adam(weights, lr=0.01, foreach=False)
+                reg = fastreg.ElasticNet(groups, 0.0, L2, impl=ranks.impl)
+                reg.attach(optimizer, mode="prox")
+            else:
+                optimizer = fastreg.optim.AdamW(groups, 0.01, l2=L2, prox=True, track=True, impl=ranks.impl)
+            for step in range(2):
+                for i, w in enumerate(weights):
+                    w.grad = None if step == 0 and i == 1 else w.detach().clone()
+                with Wire() as wire:
+                    optimizer.step()
+                found.append(reg.last if kind == "attached" else optimizer.last)
+            results.append((weights, found, wire.collectives))
+        (weights, found, collectives), (plain, expected, none) = results
+        assert (collectives, none) == ([("allreduce", 24)] * 2, [])
+        for one, other in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+        for w, u in zip(weights, plain, strict=True):
+            torch.testing.assert_close(full(w.detach()), u.detach(), rtol=1e-12, atol=1e-15)
+
+
 def ranks_that_differ(ranks: Ranks) -> None:
     """With FASTREG_DEBUG_RANKS, every rank raises and says what differs, before the all-reduce."""
     mesh = ranks.mesh()
@@ -326,6 +365,7 @@ CASES: dict[str, Case] = {
         changes_between_forward_and_backward,
         a_copy_of_the_model,
         weights_without_a_gradient_on_one_rank,
+        steps_on_several_meshes,
         ranks_that_differ,
     )
 }

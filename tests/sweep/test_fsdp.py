@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastreg
+from fastreg.integrations.callback import AttachedElasticNet
 from tests.support.cases import L1, L2
 from tests.support.check_sharded import check_everything
 from tests.support.ranks import AVAILABLE, Case, Ranks, close, full, on_processes, tensor
@@ -195,6 +196,30 @@ def attached_after_an_evaluation(ranks: Ranks) -> None:
             torch.testing.assert_close(full(p), q, rtol=1e-4, atol=1e-5)
 
 
+def callbacks_after_an_evaluation(ranks: Ranks) -> None:
+    """Trainers evaluate before a callback attaches its penalty, and may before it measures what it logs."""
+    x = tensor(8, 7, seed=9).to(ranks.device)
+    net = network().to(ranks.device)
+    fully_shard(net, mesh=ranks.mesh())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    penalty = AttachedElasticNet(L1, L2, mode="prox")
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            net(x)
+
+    evaluate()
+    penalty._attach(net, [optimizer])
+    net(x).square().mean().backward()
+    optimizer.step()
+    evaluate()
+    metrics = penalty._metrics(1)
+    assert penalty.last is not None
+    assert torch.equal(metrics["regularization/l1"], penalty.last.l1)
+    net.reshard()
+    assert torch.equal(metrics["regularization/sparsity"], fastreg.sparsity(net))
+
+
 CASES: dict[str, Case] = {
     case.__name__: case
     for case in (
@@ -209,6 +234,7 @@ CASES: dict[str, Case] = {
         fsdp_and_tensor_parallel,
         gathered_weights_are_refused,
         attached_after_an_evaluation,
+        callbacks_after_an_evaluation,
     )
 }
 
