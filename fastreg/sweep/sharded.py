@@ -7,7 +7,7 @@ all ranks, each dimension takes its own all-reduce.
 
 Every rank must make the same all-reduces, but ranks may differ in which weights have gradients. Steps and proximal
 steps visit weights in several sweeps, by their gradients. Their values are therefore summed over ranks once, after the
-last sweep, as `split_by_mesh` and `Ownership.result` do it: two numbers per mesh for any number of groups.
+last sweep, by `split_by_mesh` and `Ownership.result`: the total and its terms per mesh, for any number of groups.
 """
 
 from collections.abc import Sequence
