@@ -99,9 +99,9 @@ def times(strength: Strength, factor: Strength) -> Strength:
 
 
 def add_results(results: Sequence[Any]) -> Any:
-    """Return the sum of results of one class, such as `Penalty`, on the device of the first; vectors elementwise."""
+    """Return the sum of results of one class, such as `Penalty`, on the device of the first."""
     if len(results) == 1:
         return results[0]
     device, dtype = results[0].total.device, value_dtype([each.total.dtype for each in results])
     wide = [[x.to(device, accumulate_dtype(device)) for x in column] for column in zip(*results, strict=True)]
-    return type(results[0])(*(torch.stack(column).sum(0).to(dtype) for column in wide))
+    return type(results[0])(*(torch.stack(column).sum().to(dtype) for column in wide))
