@@ -91,6 +91,7 @@ def elastic_penalty(
 
     Warns:
         UserWarning: `exclude` matches nothing. Two weights share memory, so that their common elements count twice.
+            `params` has detached tensors, which get no gradient, or do not count beside parameters.
 
     Examples:
         >>> loss = criterion(model(x), y) + fastreg.elastic_penalty(model, l1=1e-5, l2=1e-4)

@@ -31,7 +31,7 @@ def sparsity(params: Params, *, include: Filter = None, exclude: Filter = None) 
         ValueError: As in `elastic_penalty`, or the selected weights have no elements.
         TypeError: As in `elastic_penalty`.
     """
-    work = select(params, ElasticNetPenalty((0.0, 0.0)), include, exclude, None)
+    work = select(params, ElasticNetPenalty((0.0, 0.0)), include, exclude, None, is_penalized=False)
     weights = work.weights
     check_tensors(work.names, weights)
     total = sum(w.numel() for w in weights)

@@ -24,6 +24,7 @@ from fastreg.autograd.engine import (
     run_after_backward,
 )
 from fastreg.autograd.saved import WeightState
+from fastreg.core.checks import warn_of_detached
 from fastreg.core.dtensor import as_dtensors, is_dtensor, local_shards
 from fastreg.core.layout import is_dense
 from fastreg.core.penalty import Strength
@@ -47,6 +48,8 @@ def compute_penalty(work: Work, want: Want) -> Any:
     """Return the penalty, the total or all terms, differentiable in weights and strengths if grad mode is on."""
     if torch.is_grad_enabled() and not work.is_traced:
         values = apply(PenaltyFunction, work, want, *work.penalty.strengths, *work.weights)
+        if not values[0].requires_grad:
+            warn_of_detached(work.names, work.weights, ", or call this under torch.no_grad() for the value alone")
         return values[0] if want is Want.TOTAL else work.penalty.RESULT(*values)
     measured = sweep(work, Request(Mode.VALUE, want))
     return measured.total if want is Want.TOTAL and measured else work.penalty.result(measured)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastreg.core.dtensor import dtensor_problem, is_dtensor, local_shard, local_shards
 from fastreg.core.layout import find_overlap, memory_span
-from fastreg.core.torch_private import is_transformed, is_zerotensor
+from fastreg.core.torch_private import is_alias, is_transformed, is_zerotensor
 
 Impl: TypeAlias = Literal["triton", "torch"] | None
 
@@ -42,6 +42,18 @@ def warn_of_overlap(names: Sequence[str], weights: Sequence[Tensor]) -> None:
         warn_user(
             f"{_shared(names, pair)}: their common elements count twice; exclude one of them, or make them one "
             "parameter"
+        )
+
+
+def warn_of_detached(names: Sequence[str], weights: Sequence[Tensor], also: str = "") -> None:
+    """Warn if a weight shares the memory of another tensor, which gets no gradient. `also` names another way out."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return
+    name = next((name for name, w in zip(names, weights, strict=True) if is_alias(local_shard(w))), None)
+    if name is not None:
+        warn_user(
+            f"{name!r} requires no gradient and shares the memory of another tensor, as after detach(), .data or "
+            f"state_dict(): that tensor gets no gradient of the penalty; pass the parameters or the model{also}"
         )
 
 

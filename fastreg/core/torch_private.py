@@ -10,8 +10,8 @@ import contextlib
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,40 @@ def dispatch_keys() -> Any:
 # The shard of a DTensor, as FSDP2 reads it. It is not tried here, because importing DTensor takes a second. Missing
 # (AttributeError): DTensor.to_local(), which in some versions makes a new tensor that shares the memory.
 local_tensor = operator.attrgetter("_local_tensor")
+
+
+@bound(lambda tensor: False)
+def is_alias() -> Any:
+    """`torch._C._storage_Use_Count(address)` counts the holders of a storage. `tensor._is_view()` is False for aliases.
+
+    An alias is a tensor on the memory of another one that autograd knows nothing of: detach(), `.data`, and the tensors
+    of a state dict. PyTorch's CUDA graphs rely on the count. Missing: no tensor counts as an alias, so that nothing
+    warns of detached weights.
+    """
+    count, is_view = torch._C._storage_Use_Count, Tensor._is_view  # type: ignore[attr-defined]
+
+    def n_holders(tensor: Tensor) -> Any:
+        return count(tensor.untyped_storage()._cdata)
+
+    a = example(1, 2)
+    alone = n_holders(a)
+
+    def is_alias_of_another(tensor: Tensor) -> bool:
+        return not is_view(tensor) and n_holders(tensor) > alone
+
+    others = [a.detach(), a.data]
+    expect(all(map(is_alias_of_another, others)) and not is_alias_of_another(a[1:]))
+    del others
+    expect(is_alias_of_another(a) is False)
+    return is_alias_of_another
+
+
+def is_state_dict(params: object) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether `params` is the state dict of a module, which has an attribute `_metadata`.
+
+    Missing: it is taken for any other mapping.
+    """
+    return isinstance(params, Mapping) and hasattr(params, "_metadata")
 
 
 class _Contents:

@@ -35,7 +35,8 @@ def filtered(
 
     Raise ValueError if `include` matches nothing or nothing is left. Warn if `exclude` matches nothing.
     """
-    included = list(map(operator.and_, trainable, matches(include, True, candidates, modules)))
+    matched = matches(include, True, candidates, modules)
+    included = list(map(operator.and_, trainable, matched))
     if include is not None and not any(included):
         raise ValueError(f"nothing selected: {_nothing_matched('include', include, candidates, trainable)}")
     excluded = matches(exclude, False, candidates, modules)
@@ -48,7 +49,23 @@ def filtered(
             f"nothing selected: include and exclude leave none of {sum(trainable)} trainable parameters, such as "
             f"{candidates[trainable.index(True)].name!r}"
         )
+    if not all(trainable) and not torch.compiler.is_compiling():
+        untrained = map(operator.gt, map(operator.gt, matched, excluded), trainable)
+        _warn_of_tensors(list(itertools.compress(candidates, untrained)), modules)
     return chosen
+
+
+def _warn_of_tensors(left_out: Sequence[Candidate], modules: Modules) -> None:
+    """Warn of tensors that are left out, unlike frozen parameters and tensors that a module holds, by mistake."""
+    tensors = [c for c in left_out if not isinstance(c.tensor, nn.Parameter)]
+    held = {id(t) for each in module_contents(modules)[::2] for t in each.values()} if tensors else set()
+    names = [c.name for c in tensors if id(c.tensor) not in held]
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn_user(
+            f"{names[0]!r}{others} requires no gradient, unlike other tensors in params, and does not count; pass the "
+            "parameter itself, not its detach(), .data or entry of a state_dict()"
+        )
 
 
 def matches(pattern: Filter, is_include: bool, candidates: Sequence[Candidate], modules: Modules) -> list[bool]:

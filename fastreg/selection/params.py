@@ -1,5 +1,6 @@
 """The tensors in `params`, each once, with their names and groups."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,8 +8,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
+from fastreg.core.checks import warn_user
 from fastreg.core.penalty import Strength
 from fastreg.core.strengths import check_strength
+from fastreg.core.torch_private import is_state_dict
 
 # Types of `params`: a module, a tensor, tensors with or without names, or groups as optimizers take them.
 Params: TypeAlias = (
@@ -34,6 +37,8 @@ def copied(params: Any) -> Any:
     """Return `params` with copies of its lists, mappings and iterators, so that later changes have no effect."""
     if isinstance(params, (nn.Module, Tensor, str)) or not isinstance(params, Iterable):
         return params
+    if is_state_dict(params):
+        return copy.copy(params)
     if isinstance(params, Mapping):
         return {key: copied(value) if key == "params" else value for key, value in params.items()}
     return [copied(item) if isinstance(item, (Mapping, Iterator)) else item for item in params]
@@ -76,6 +81,18 @@ def collect(params: Any, names: Sequence[str]) -> tuple[list[Candidate], list[Ow
                     "ambiguous, so leave it in one of them"
                 )
     return list(seen.values()), strengths, modules
+
+
+def warn_of_state_dicts(params: Any) -> None:
+    """Warn if `params` or the tensors of a group are a state dict of detached tensors."""
+    groups = [params] if isinstance(params, Mapping) else params if isinstance(params, Sequence) else []
+    for each in groups:
+        tensors = each.get("params") if isinstance(each, Mapping) and not is_state_dict(each) else each
+        if is_state_dict(tensors) and not any(t.requires_grad for t in tensors.values() if isinstance(t, Tensor)):
+            warn_user(
+                "params is a state_dict: its tensors are detached, so that the penalty has no gradient, and its "
+                "buffers count as weights; pass the model"
+            )
 
 
 def _is_group(params: Mapping[Any, Any], names: Sequence[str]) -> bool:

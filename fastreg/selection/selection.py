@@ -19,13 +19,20 @@ from fastreg.core.types import Groups, Work
 from fastreg.selection.candidates import HeldCandidates, remembered_candidates
 from fastreg.selection.filters import Filter, bias_and_norm, filtered
 from fastreg.selection.fsdp import check_fsdp, reshard
-from fastreg.selection.params import Candidate, OwnStrengths, collect
+from fastreg.selection.params import Candidate, OwnStrengths, collect, warn_of_state_dicts
 
 
 class Selection:
-    """The tensors in `params` that count, with their names and the strengths of their groups."""
+    """The tensors in `params` that count, with their names and the strengths of their groups.
 
-    def __init__(self, params: Any, penalty: type[BasePenalty], include: Filter, exclude: Filter) -> None:
+    If `is_penalized` is False, only their values are of interest: `params` may be a state dict.
+    """
+
+    def __init__(
+        self, params: Any, penalty: type[BasePenalty], include: Filter, exclude: Filter, *, is_penalized: bool = True
+    ) -> None:
+        if is_penalized and not torch.compiler.is_compiling():
+            warn_of_state_dicts(params)
         candidates, own_strengths, self._modules = collect(params, penalty.NAMES)
         chosen = filtered(candidates, _trainable(candidates), include, exclude, self._modules)
         self.names = [c.name for c in chosen]
@@ -151,13 +158,20 @@ _REMEMBERING = threading.Lock()
 
 
 def select(
-    params: Any, penalty: BasePenalty, include: Filter, exclude: Filter, impl: Impl, all_reduce: bool = True
+    params: Any,
+    penalty: BasePenalty,
+    include: Filter,
+    exclude: Filter,
+    impl: Impl,
+    all_reduce: bool = True,
+    *,
+    is_penalized: bool = True,
 ) -> Work:
     """Return the work of a single call. Check all arguments except the strengths, which the caller has checked."""
     check_impl(impl)
     check_reduce(all_reduce)
     if torch.compiler.is_compiling() or is_transformed():
-        selection = Selection(params, type(penalty), include, exclude)
+        selection = Selection(params, type(penalty), include, exclude, is_penalized=is_penalized)
         return selection.work(selection.candidates.tensors, penalty, impl, all_reduce, is_traced=True)
     if not isinstance(params, (nn.Module, list)) and isinstance(params, Iterator):
         params = list(params)
@@ -173,7 +187,7 @@ def select(
         tensors = remembered.current(params, is_traced=False)
         if tensors is not None:
             return remembered.work(tensors, penalty, impl, all_reduce)
-    selection = Selection(params, type(penalty), include, exclude)
+    selection = Selection(params, type(penalty), include, exclude, is_penalized=is_penalized)
     to_remember = None if key is None else selection.remembered(params)
     if to_remember is not None:
         with _REMEMBERING:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.core.checks import warn_of_detached
 from fastreg.core.dtensor import as_dtensors, as_placed, is_dtensor, local_shard
 from fastreg.core.layout import is_dense
 from fastreg.core.penalty import Measure, Scale
@@ -30,6 +31,8 @@ def add_gradient(
         measured = local_sweep(work, Request(Mode.ACCUMULATE, want, grads, scale, None, True))
         torch.autograd.graph.increment_version(grads)
         return measured
+    if not work.weights[0].requires_grad and any(grad is None for grad in grads):
+        warn_of_detached(work.names, work.weights)
     if any_dtype:
         grads = [None if _has_own_dtype(w) else grad for w, grad in zip(work.weights, grads, strict=True)]
     elif not torch.compiler.is_compiling():  # compilers do not know grad_dtype

@@ -214,8 +214,8 @@ def test_new_gradients_obey_the_layout_contract(path: Path, way: str) -> None:
     """As PyTorch's accumulate_grad.h has it: the strides of a dense weight, else those of a contiguous tensor."""
 
     def strided(device: str) -> list[Tensor]:
-        memory = grid(8, 6, 4, device=device)
-        views = [memory, memory.permute(2, 0, 1), memory[::2].transpose(0, 2), memory[:, :1], memory[:, :, ::2]]
+        a, b, c, d, e = (grid(8, 6, 4, device=device) for _ in range(5))
+        views = [a, b.permute(2, 0, 1), c[::2].transpose(0, 2), d[:, :1], e[:, :, ::2]]
         return [view.detach().requires_grad_() for view in views]
 
     def strides(way: str) -> list[tuple[int, ...]]:

@@ -151,7 +151,7 @@ def separate() -> dict[str, list[Tensor]]:
 def test_what_shares_memory(case: str) -> None:
     tensors = overlapping()[case]
     with pytest.warns(UserWarning, match=r"parameters 'params\[\d\]' and 'params\[\d\]' share memory"):
-        fastreg.elastic_penalty(tensors, L1, L2)
+        torch.no_grad()(fastreg.elastic_penalty)(tensors, L1, L2)
     leaves = [t.detach().requires_grad_() for t in tensors]
     before = bits(*leaves)
     with pytest.warns(UserWarning, match="share"), pytest.raises(ValueError, match="share"):
@@ -163,7 +163,7 @@ def test_what_shares_memory(case: str) -> None:
 def test_what_does_not(case: str) -> None:
     tensors = separate()[case]
     expected = [oracle.prox(t, L1, L2, LR) for t in tensors]
-    fastreg.elastic_penalty(tensors, L1, L2)
+    torch.no_grad()(fastreg.elastic_penalty)(tensors, L1, L2)
     fastreg.elastic_prox_(tensors, L1, L2, lr=LR)
     for t, e in zip(tensors, expected, strict=True):
         assert oracle.ulp_distance(t, e) <= 4

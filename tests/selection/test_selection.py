@@ -100,9 +100,10 @@ def test_plain_tensors_are_taken_as_given() -> None:
     found = fastreg.elastic_penalty(data, L1, L2)
     assert_counts(found, data)
     assert not found.requires_grad
-    # Among tensors with gradients, one without is frozen.
+    # Among tensors with gradients, those without do not count.
     trained = torch.randn(5, requires_grad=True)
-    assert_counts(fastreg.elastic_penalty([*data, trained], L1, L2), [trained])
+    with pytest.warns(UserWarning, match=r"'params\[0\]' and 1 more requires no gradient"):
+        assert_counts(fastreg.elastic_penalty([*data, trained], L1, L2), [trained])
 
 
 def test_groups_bring_their_strengths(path: Path) -> None:

@@ -250,15 +250,15 @@ def of_module(owner: Any, name: str, *, is_mended: bool = False) -> Break:
     return break_it
 
 
-def of_tensors(name: str, *, is_mended: bool = False) -> Break:
-    """An attribute of every tensor."""
+def of_tensors(name: str, *, owner: Any = Tensor, is_mended: bool = False) -> Break:
+    """An attribute of every tensor, or of the instances of another class."""
 
     def get(tensor: Tensor) -> Any:
         raise AttributeError(name)
 
     def break_it(way: str) -> Callable[[], None] | None:
-        setattr(Tensor, name, property(get if way == "missing" else lambda tensor: "something else"))
-        return (lambda: delattr(Tensor, name)) if is_mended else None
+        setattr(owner, name, property(get if way == "missing" else lambda tensor: "something else"))
+        return (lambda: delattr(owner, name)) if is_mended else None
 
     return break_it
 
@@ -324,6 +324,9 @@ BREAKS: dict[str, Break] = {
     "_version": of_tensors("_version"),
     "_is_zerotensor": of_tensors("_is_zerotensor"),
     "_dispatch_keys": of_module(torch._C, "_dispatch_keys"),
+    "_storage_Use_Count": of_module(torch._C, "_storage_Use_Count"),
+    "_cdata": of_tensors("_cdata", owner=torch.UntypedStorage, is_mended=True),
+    "_is_view": of_tensors("_is_view", is_mended=True),
     "_parameters": while_importing(nn.Module, "_parameters", changed=dict),
     "_modules": while_importing(nn.Module, "_modules", changed=dict),
     "DisableTorchFunctionSubclass": of_module(torch._C, "DisableTorchFunctionSubclass", is_mended=True),
