@@ -318,6 +318,8 @@ def makes_states_only(optimizer: Optimizer) -> bool:
     """
     if optimizer.state or torch.compiler.is_compiling():
         return False
+    if isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups):
+        return False  # has no states, so that every step looks like a first one
     for group in optimizer.param_groups:
         lr = group.get("lr")
         if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
