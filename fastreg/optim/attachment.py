@@ -94,23 +94,24 @@ class Attachment:
 
         had_grad: set[int] = set()  # ids of the weights that the step will move: others may clear .grad after the step
 
-        def note() -> None:
+        def note(work: Work) -> None:
             had_grad.clear()
-            had_grad.update([id(w) for w in current().weights if w.grad is not None])
+            had_grad.update([id(w) for w in work.weights if w.grad is not None])
 
         def check(optimizer: Optimizer, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords] | None:
             if _is_inner_step(optimizer):
                 return None
-            membership.groups(optimizer, current())  # raises before the step, not half way
+            work = current()
+            membership.groups(optimizer, work)  # raises before the step, not half way
             check_metric(optimizer, by)
             closure = _closure_of(args, kwargs)
             if closure is None:
-                note()
+                note(work)
                 return None
 
             def closure_and_note() -> Any:
                 result = closure()
-                note()
+                note(current())
                 return result
 
             return _with_closure(args, kwargs, closure, closure_and_note)

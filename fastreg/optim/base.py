@@ -118,8 +118,9 @@ class Penalized(Optimizer):
         self._settings(group, number, is_first=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as in torch.optim. Groups without l1, l2 or prox get 0, 0 or False, with a warning if they had
-        others.
+        """Load a state, as in torch.optim.
+
+        Groups without l1, l2 or prox get 0, 0 or False, with a warning if they had others.
         """
         before = [{name: group[name] for name in _OFF} for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -164,10 +165,9 @@ class Penalized(Optimizer):
         if new_states and makes_states_only(self):
             self.state.update(new_states)
             return loss
-        if agreement.IS_ON:
-            self._ownership()  # compares the strengths over ranks
-        ownership = self._ownership() if self._track else None
-        if ownership is not None:
+        # If the check of ranks is on, this compares their strengths.
+        ownership = self._ownership() if self._track or agreement.IS_ON else None
+        if self._track and ownership is not None:
             works = [split_by_mesh(work, ownership, request) for work, request in works]
         measures = apply_steps(works)
         if new_states:

@@ -1,4 +1,4 @@
-"""Triton sweeps as custom operators of torch.library, opaque to compilers, with their derivatives."""
+"""Triton sweeps as custom operators, opaque to compilers, with their derivatives."""
 
 from typing import Any
 

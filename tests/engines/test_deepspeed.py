@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastreg
 from tests.integrations.by_hand import step_by_hand
-from tests.support.ranks import Case, Ranks, Teams, on_processes
+from tests.support.ranks import Ranks, Teams, by_name, on_processes
 
 pytestmark = [*on_processes, pytest.mark.deepspeed]
 
@@ -228,19 +228,16 @@ def trainer(ranks: Ranks) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-CASES: dict[str, Case] = {
-    case.__name__: case
-    for case in (
-        optimizer_of_fastreg,
-        optimizer_of_fastreg_with_offload,
-        attached_penalties_name_fastreg_optim,
-        attached_without_zero,
-        penalty_in_the_loss,
-        placeholders_of_zero_3,
-        optimizer_that_accelerate_replaces,
-        trainer,
-    )
-}
+CASES = by_name(
+    optimizer_of_fastreg,
+    optimizer_of_fastreg_with_offload,
+    attached_penalties_name_fastreg_optim,
+    attached_without_zero,
+    penalty_in_the_loss,
+    placeholders_of_zero_3,
+    optimizer_that_accelerate_replaces,
+    trainer,
+)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastreg
 from fastreg.core.dtensor import is_dtensor
 from tests.integrations.by_hand import step_by_hand, terms_by_hand
-from tests.support.ranks import AVAILABLE, Case, Ranks, Teams, full, on_processes
+from tests.support.ranks import AVAILABLE, Ranks, Teams, by_name, full, on_processes
 
 pytestmark = [*on_processes, pytest.mark.engines]
 if AVAILABLE:
@@ -286,20 +286,17 @@ def placeholders(ranks: Ranks) -> None:
             call()
 
 
-CASES: dict[str, Case] = {
-    case.__name__: case
-    for case in (
-        zero_redundancy,
-        post_local_sgd,
-        replicated,
-        experts_and_fsdp2,
-        plain_experts,
-        pipeline,
-        fsdp1,
-        zero_gradients_at_first,
-        placeholders,
-    )
-}
+CASES = by_name(
+    zero_redundancy,
+    post_local_sgd,
+    replicated,
+    experts_and_fsdp2,
+    plain_experts,
+    pipeline,
+    fsdp1,
+    zero_gradients_at_first,
+    placeholders,
+)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastreg
 from tests.integrations.by_hand import step_by_hand
-from tests.support.ranks import AVAILABLE, Case, Ranks, Teams, full, on_processes
+from tests.support.ranks import AVAILABLE, Ranks, Teams, by_name, full, on_processes
 
 pytestmark = [*on_processes, pytest.mark.engines]
 if AVAILABLE:
@@ -193,9 +193,7 @@ def assert_same(net: nn.Module, expected: nn.Module, tolerance: float = 1e-12) -
         assert torch.equal(full(p) == 0, q == 0)
 
 
-CASES: dict[str, Case] = {
-    case.__name__: case for case in (lightning_with_fsdp2, trainer_under_ddp, tensor_parallel_by_a_plan)
-}
+CASES = by_name(lightning_with_fsdp2, trainer_under_ddp, tensor_parallel_by_a_plan)
 
 
 @pytest.mark.parametrize("name", CASES)

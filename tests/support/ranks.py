@@ -91,6 +91,12 @@ def sharded(values: list[Tensor], layout: list[tuple["DeviceMesh", list[Any]] | 
 
 Case = Callable[[Ranks], None]
 
+
+def by_name(*cases: Case) -> dict[str, Case]:
+    """The CASES of a module."""
+    return {case.__name__: case for case in cases}
+
+
 # For test files whose cases share processes: they run in one worker of pytest-xdist.
 on_processes = [pytest.mark.skipif(not AVAILABLE, reason="needs gloo"), pytest.mark.xdist_group("processes")]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.ranks import Case, Ranks, Team, Teams, on_processes
+from tests.support.ranks import Ranks, Team, Teams, by_name, on_processes
 
 pytestmark = on_processes
 CPU = ("torch", "cpu")
@@ -33,7 +33,7 @@ def one_rank_hangs(ranks: Ranks) -> None:
     time.sleep(60 * ranks.rank)
 
 
-CASES: dict[str, Case] = {case.__name__: case for case in (all_is_well, one_rank_fails, one_rank_dies, one_rank_hangs)}
+CASES = by_name(all_is_well, one_rank_fails, one_rank_dies, one_rank_hangs)
 
 
 def test_the_case_and_the_rank_that_fail_are_named(tmp_path: Path) -> None:

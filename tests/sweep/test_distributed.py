@@ -14,10 +14,10 @@ from tests.support.cases import L1, L2
 from tests.support.check_sharded import check_everything
 from tests.support.ranks import (
     AVAILABLE,
-    Case,
     Ranks,
     Wire,
     assert_sharded_like,
+    by_name,
     close,
     full,
     on_processes,
@@ -345,30 +345,27 @@ def ranks_that_differ(ranks: Ranks) -> None:
         assert fastreg.elastic_penalty(named, own, reduce=False) >= 0, "nothing is exchanged"
 
 
-CASES: dict[str, Case] = {
-    case.__name__: case
-    for case in (
-        one_dimensional,
-        half_precision,
-        double_precision,
-        other_dimensions_and_groups,
-        replicated_and_plain,
-        only_replicated,
-        two_dimensional,
-        one_dimension_of_two,
-        two_dimensions_of_three,
-        two_dimensions_of_a_part_of_the_ranks,
-        several_meshes,
-        partial_weights_are_refused,
-        wrong_arguments_raise_on_every_rank,
-        gradients_of_other_placements,
-        changes_between_forward_and_backward,
-        a_copy_of_the_model,
-        weights_without_a_gradient_on_one_rank,
-        steps_on_several_meshes,
-        ranks_that_differ,
-    )
-}
+CASES = by_name(
+    one_dimensional,
+    half_precision,
+    double_precision,
+    other_dimensions_and_groups,
+    replicated_and_plain,
+    only_replicated,
+    two_dimensional,
+    one_dimension_of_two,
+    two_dimensions_of_three,
+    two_dimensions_of_a_part_of_the_ranks,
+    several_meshes,
+    partial_weights_are_refused,
+    wrong_arguments_raise_on_every_rank,
+    gradients_of_other_placements,
+    changes_between_forward_and_backward,
+    a_copy_of_the_model,
+    weights_without_a_gradient_on_one_rank,
+    steps_on_several_meshes,
+    ranks_that_differ,
+)
 
 
 @pytest.mark.parametrize("name", CASES)

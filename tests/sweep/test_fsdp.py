@@ -11,7 +11,7 @@ import fastreg
 from fastreg.integrations.callback import AttachedElasticNet
 from tests.support.cases import L1, L2
 from tests.support.check_sharded import check_everything
-from tests.support.ranks import AVAILABLE, Case, Ranks, close, full, on_processes, tensor
+from tests.support.ranks import AVAILABLE, Ranks, by_name, close, full, on_processes, tensor
 from tests.support.ways import Mode, spy_on_sweeps
 
 pytestmark = on_processes
@@ -220,23 +220,20 @@ def callbacks_after_an_evaluation(ranks: Ranks) -> None:
     assert torch.equal(metrics["regularization/sparsity"], fastreg.sparsity(net))
 
 
-CASES: dict[str, Case] = {
-    case.__name__: case
-    for case in (
-        fsdp,
-        fsdp_that_always_reshards,
-        fsdp_with_replicas,
-        fsdp_with_accumulation,
-        fsdp_with_a_loss_scale,
-        fsdp_attached,
-        fsdp_offloaded,
-        fsdp_in_mixed_precision,
-        fsdp_and_tensor_parallel,
-        gathered_weights_are_refused,
-        attached_after_an_evaluation,
-        callbacks_after_an_evaluation,
-    )
-}
+CASES = by_name(
+    fsdp,
+    fsdp_that_always_reshards,
+    fsdp_with_replicas,
+    fsdp_with_accumulation,
+    fsdp_with_a_loss_scale,
+    fsdp_attached,
+    fsdp_offloaded,
+    fsdp_in_mixed_precision,
+    fsdp_and_tensor_parallel,
+    gathered_weights_are_refused,
+    attached_after_an_evaluation,
+    callbacks_after_an_evaluation,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
