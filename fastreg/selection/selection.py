@@ -96,7 +96,8 @@ class Selection:
         else:
             same = _traits(tensors) == self._traits_of_all
             self.layout = find_layout(weights, self.groups) if same and not self._is_sharded else None
-            if self.layout is None and same and not self._is_sharded:
+            # A layout that another call has cached may be of memory that is new to this selection.
+            if same and not self._is_sharded and (self.layout is None or self.layout.overlap is not None):
                 self._compare_memory(weights)
         return tensors if same else None
 

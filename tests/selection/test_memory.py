@@ -72,6 +72,19 @@ def test_memory_that_is_shared_later_is_noticed(path: Path) -> None:
     assert bits(*model.parameters()) == before
 
 
+def test_memory_that_another_call_has_seen_is_noticed(path: Path) -> None:
+    """The layout of the shared memory is cached by then, as it may be from a model whose memory is used again."""
+    impl, device = path
+    model = Autoencoder(device)
+    reg = fastreg.ElasticNet(model, L1, L2, impl=impl)
+    reg()
+    model.share()
+    with pytest.warns(UserWarning, match=SHARED):
+        fastreg.elastic_penalty(list(model.named_parameters()), L1, L2, impl=impl)
+    with pytest.warns(UserWarning, match=SHARED):
+        reg()
+
+
 @pytest.mark.filterwarnings("ignore:parameters .* share memory")
 def test_one_memory_is_not_written_through_two_parameters(path: Path) -> None:
     impl, device = path
