@@ -41,7 +41,7 @@ _WITHOUT_SQUARE = (Mode.SGD, Mode.MOMENTUM)
 def take_block_steps(parts: Sequence[Part], work: Work, request: Request) -> None:
     """Do what `formulas.take_steps` does, for the parts of one device.
 
-    On other devices than the CPU, without PyTorch's fused operators, and with numbers beyond float32, this calls
+    On devices other than the CPU, without PyTorch's fused operators, and with numbers beyond float32, this calls
     `take_steps`. Raises ValueError for a mode that has no block step, before anything is written.
     """
     mode, grads, step = request.mode, request.grads, request.step
@@ -258,7 +258,7 @@ class BlockSteps:
                 torch.where(square == 0, before, w, out=w)
 
     def _is_ratio_exact(self, threshold: float, slope: float, l1: float) -> bool:
-        """Return whether t * slope is t * l1 times a ratio: not with digits lost where t * l1 is next to nothing."""
+        """Return whether t * slope may be formed as t * l1 * (slope / l1): not if t * l1 is tiny or the ratio large."""
         return slope == 0 or l1 == 0 or (threshold >= torch.finfo(self._compute).tiny and slope <= 2.0**100 * l1)
 
     def _spare(self, name: str, w: Tensor) -> Tensor:

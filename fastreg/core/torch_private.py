@@ -126,9 +126,9 @@ local_tensor = operator.attrgetter("_local_tensor")
 def is_alias() -> Any:
     """`torch._C._storage_Use_Count(address)` counts the holders of a storage. `tensor._is_view()` is False for aliases.
 
-    An alias is a tensor on the memory of another one that autograd knows nothing of: detach(), `.data`, and the tensors
-    of a state dict. PyTorch's CUDA graphs rely on the count. Missing: no tensor counts as an alias, so that nothing
-    warns of detached weights.
+    An alias shares the memory of another tensor without a record in autograd: the results of detach() and `.data`, and
+    the tensors of a state dict. PyTorch's CUDA graphs rely on the count. Missing: no tensor counts as an alias, so that
+    nothing warns of detached weights.
     """
     count, is_view = torch._C._storage_Use_Count, Tensor._is_view  # type: ignore[attr-defined]
 
